@@ -1,0 +1,78 @@
+"""Peak extra memory of one pass, and what the machine can give."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from benchmarks.sides import BY_NAME, Side
+from ssl_fast.demo import memory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from benchmarks.cases import Case
+
+
+def peak_extra_bytes(case: Case, side: Side) -> int | None:
+    """Peak memory of one pass beyond its inputs and the gradients it returns.
+
+    On a CPU in a child process, by the kernel's high-water mark; on a GPU by torch's counter.
+    """
+    if case.device == "cuda":
+        peak: int | None = _cuda_peak(side.step(case))
+    else:
+        peak = memory.peak_extra_bytes(job, case, side.name)
+    return None if peak is None else max(0, peak - case.gradient_bytes)
+
+
+def job(case: Case, side_name: str) -> Callable[[], object]:
+    """For the child: a warmed-up step of one side."""
+    side = BY_NAME[side_name]
+    step = side.step(case)
+    # What is compiled is compiled for one size; everything else loads its libraries at a small one.
+    warm_up = step if side.compiled else side.step(replace(case, rows=min(case.rows, 64)))
+    warm_up()
+    gc.collect()
+    _trim()
+    return step
+
+
+def too_large(case: Case, side: Side) -> str | None:
+    """Why a side would take more than half of the memory there is, or None."""
+    total = device_bytes(case.device)
+    needed = side.bytes_needed(case)
+    if total is None or needed <= total / 2:
+        return None
+    return f"would need {needed / 2**30:.0f} GiB, over half of {total / 2**30:.0f} GiB"
+
+
+def device_bytes(device: str) -> int | None:
+    """All the memory of the machine or of the card."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory
+    return memory.total_bytes()
+
+
+def _cuda_peak(step: Callable[[], object]) -> int:
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = step()
+    peak = torch.cuda.max_memory_allocated()
+    del kept
+    return peak - before
+
+
+def _trim() -> None:
+    """Give the warm-up's freed pages back, or the step would reuse them unseen."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return  # not glibc

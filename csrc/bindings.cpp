@@ -1,0 +1,236 @@
+// The only file that knows pybind11. Python passes addresses, sizes and strides; what can't be run
+// raises here, before a kernel starts, and the GIL is released while it runs.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <stdexcept>
+
+#include "core/isa.h"
+#include "core/memory.h"
+#include "core/team.h"
+
+namespace py = pybind11;
+
+namespace ssl_fast {
+namespace {
+
+template <class T = void>
+T* pointer(const py::object& address) {
+    return address.is_none() ? nullptr : reinterpret_cast<T*>(address.cast<std::uintptr_t>());
+}
+
+Rows rows(const py::object& pair) {
+    if (pair.is_none()) return {nullptr, 0};
+    const auto [address, stride] = pair.cast<std::pair<std::uintptr_t, std::int64_t>>();
+    return {reinterpret_cast<const void*>(address), stride};
+}
+
+Exclusion exclusion(const std::vector<std::int64_t>& diagonals, const py::object& query_ids,
+                    const py::object& key_ids) {
+    if (diagonals.size() > static_cast<std::size_t>(MAX_DIAGONALS))
+        throw std::invalid_argument("diagonals holds at most " + std::to_string(MAX_DIAGONALS) +
+                                    " entries, got " + std::to_string(diagonals.size()));
+    Exclusion rule{};
+    rule.n_diagonals = static_cast<int>(diagonals.size());
+    for (std::size_t i = 0; i < diagonals.size(); ++i) rule.diagonals[i] = diagonals[i];
+    rule.query_ids = pointer<const std::int64_t>(query_ids);
+    rule.key_ids = pointer<const std::int64_t>(key_ids);
+    if (query_ids.is_none() != key_ids.is_none())
+        throw std::invalid_argument("query_ids and key_ids are given together or not at all");
+    return rule;
+}
+
+void check_sizes(std::int64_t n, std::int64_t m, std::int64_t d, int dtype, int threads) {
+    if (n < 0 || m < 0 || d < 1)
+        throw std::invalid_argument("sizes must be n >= 0, m >= 0 and d >= 1, got " +
+                                    std::to_string(n) + ", " + std::to_string(m) + " and " +
+                                    std::to_string(d));
+    if (dtype < 0 || dtype > 2)
+        throw std::invalid_argument("dtype must be 0 (float32), 1 (bfloat16) or 2 (float16), got " +
+                                    std::to_string(dtype));
+    if (threads < 1)
+        throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
+}
+
+template <class Call>
+struct Job {
+    const Call* call;
+    const Kernels<Call>* kernels;
+};
+
+template <class Call>
+void run(const Call& call, const Kernels<Call>& kernels) {
+    py::gil_scoped_release release;
+    Job<Call> job{&call, &kernels};
+    run_team(
+        call.threads,
+        [](Team* team, void* context) {
+            const auto* job = static_cast<Job<Call>*>(context);
+            job->kernels->run(*job->call, team);
+        },
+        &job);
+}
+
+// Built once, asked for its workspace, then run: the ISA is fixed in between.
+template <class Call>
+class Prepared {
+  public:
+    Prepared(const Call& call, const Kernels<Call>* kernels) : call_(call), kernels_(kernels) {}
+    std::size_t workspace_bytes() const { return kernels_->workspace_bytes(call_) + 64; }
+    void run(std::uintptr_t workspace) {
+        call_.workspace = reinterpret_cast<void*>((workspace + 63) / 64 * 64);
+        advise_huge_pages(workspace, workspace_bytes());
+        ssl_fast::run(call_, *kernels_);
+    }
+
+  private:
+    Call call_;
+    const Kernels<Call>* kernels_;
+};
+
+Prepared<PairSoftmax> pair_softmax(const std::string& pass, int dtype, std::int64_t n,
+                                   std::int64_t m, std::int64_t d, const py::object& query,
+                                   const py::object& key, const py::object& positive,
+                                   const std::vector<std::int64_t>& diagonals,
+                                   const py::object& query_ids, const py::object& key_ids,
+                                   bool normalize, int threads, const py::dict& arrays) {
+    check_sizes(n, m, d, dtype, threads);
+    PairSoftmax call{};
+    if (pass == "forward")
+        call.pass = Pass::forward;
+    else if (pass == "loss")
+        call.pass = Pass::loss;
+    else if (pass == "backward")
+        call.pass = Pass::backward;
+    else
+        throw std::invalid_argument("pass must be forward, loss or backward, got '" + pass + "'");
+    call.dtype = static_cast<Dtype>(dtype);
+    call.n = n;
+    call.m = m;
+    call.d = d;
+    call.query = rows(query);
+    call.key = rows(key);
+    call.positive = rows(positive);
+    call.exclusion = exclusion(diagonals, query_ids, key_ids);
+    call.normalize = normalize;
+    call.threads = threads;
+    if (call.pass == Pass::loss && call.positive.data == nullptr && m < n)
+        throw std::invalid_argument("in-batch positives need m >= n, got " + std::to_string(m) +
+                                    " and " + std::to_string(n));
+    const auto take = [&](const char* name, auto& field) {
+        using T = std::remove_pointer_t<std::remove_reference_t<decltype(field)>>;
+        if (arrays.contains(name)) field = pointer<T>(arrays[name]);
+    };
+    take("query_scale", call.query_scale);
+    take("key_scale", call.key_scale);
+    take("scale", call.scale);
+    take("row_lse", call.row_lse);
+    take("row_max", call.row_max);
+    take("loss", call.loss);
+    take("positive_logit", call.positive_logit);
+    take("row_grad", call.row_grad);
+    take("column_lse", call.column_lse);
+    take("column_grad", call.column_grad);
+    take("grad_query", call.grad_query);
+    take("grad_key", call.grad_key);
+    take("grad_positive", call.grad_positive);
+    take("grad_scale", call.grad_scale);
+    take("grad_query_scale", call.grad_query_scale);
+    take("grad_key_scale", call.grad_key_scale);
+    return {call, active_isa().pair_softmax};
+}
+
+Prepared<PairSoftmaxSymmetric> pair_softmax_symmetric(
+    int dtype, std::int64_t pairs, std::int64_t d, const py::object& features,
+    const py::object& scale, bool normalize, int threads, const py::object& loss,
+    const py::object& row_lse, const py::object& positive_logit, const py::object& row_max,
+    const py::object& grad_features, const py::object& grad_scale) {
+    check_sizes(pairs, pairs, d, dtype, threads);
+    PairSoftmaxSymmetric call{};
+    call.dtype = static_cast<Dtype>(dtype);
+    call.pairs = pairs;
+    call.d = d;
+    call.features = rows(features);
+    call.scale = pointer<const float>(scale);
+    call.normalize = normalize;
+    call.threads = threads;
+    call.loss = pointer<float>(loss);
+    call.row_lse = pointer<float>(row_lse);
+    call.positive_logit = pointer<float>(positive_logit);
+    call.row_max = pointer<float>(row_max);
+    call.grad_features = pointer(grad_features);
+    call.grad_scale = pointer<float>(grad_scale);
+    return {call, active_isa().pair_softmax_symmetric};
+}
+
+double fma_peak(const std::string& kind, int threads, double seconds) {
+    const PeakKernels& kernels = *active_isa().peak;
+    if (kind != "fp32" && kind != "bf16")
+        throw std::invalid_argument("kind must be fp32 or bf16, got '" + kind + "'");
+    if (threads < 1)
+        throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
+    // Without bfloat16 products the operands are widened, so the fp32 peak is the ceiling.
+    const auto loop = kind == "bf16" && kernels.bf16 != nullptr ? kernels.bf16 : kernels.fp32;
+    py::gil_scoped_release release;
+    using Clock = std::chrono::steady_clock;
+    struct Round {
+        double (*loop)(long);
+        long rounds;
+        double operations;
+    };
+    double best = 0.0;
+    const auto end = Clock::now() + std::chrono::duration<double>(seconds);
+    do {
+        Round round{loop, 100000, 0.0};
+        const auto start = Clock::now();
+        run_team(
+            threads,
+            [](Team* team, void* context) {
+                auto* round = static_cast<Round*>(context);
+                const double operations = round->loop(round->rounds);
+                if (team->rank == 0) round->operations = operations * team->size;
+            },
+            &round);
+        const std::chrono::duration<double> took = Clock::now() - start;
+        best = std::max(best, round.operations / took.count() * 1e-9);
+    } while (Clock::now() < end);
+    return best;
+}
+
+std::vector<std::string> names(const std::vector<const Isa*>& isas) {
+    std::vector<std::string> list;
+    for (const Isa* isa : isas) list.emplace_back(isa->name);
+    return list;
+}
+
+template <class Call>
+void bind_prepared(py::module_& module, const char* name) {
+    py::class_<Prepared<Call>>(module, name, py::module_local())
+        .def("workspace_bytes", &Prepared<Call>::workspace_bytes)
+        .def("run", &Prepared<Call>::run, py::arg("workspace"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+    module.doc() = "CPU kernels of ssl_fast: addresses in, results written in place.";
+    bind_prepared<PairSoftmax>(module, "PairSoftmax");
+    bind_prepared<PairSoftmaxSymmetric>(module, "PairSoftmaxSymmetric");
+    module.def("pair_softmax", &pair_softmax);
+    module.def("pair_softmax_symmetric", &pair_softmax_symmetric);
+    module.def("compiled_isas", [] { return names(compiled_isas()); });
+    module.def("available_isas", [] { return names(available_isas()); });
+    module.def("active_isa", [] { return std::string(active_isa().name); });
+    module.def("set_isa", &set_isa, py::arg("name"));
+    module.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
+    module.def("fma_peak", &fma_peak, py::arg("kind"), py::arg("threads"), py::arg("seconds"));
+#if defined(SSL_FAST_OPENMP)
+    module.attr("threading") = "OpenMP";
+#else
+    module.attr("threading") = "std::thread";
+#endif
+}
+
+}  // namespace ssl_fast

@@ -1,0 +1,37 @@
+#pragma once
+// The one place that knows which ISAs were compiled, what this CPU runs, and which one serves.
+
+#include <string>
+#include <vector>
+
+#include "core/pair_softmax.h"
+
+namespace ssl_fast {
+
+// Multiply-adds in registers alone, `rounds` times; returns how many floating-point operations it did.
+struct PeakKernels {
+    double (*fp32)(long rounds);
+    double (*bf16)(long rounds);  // null where bfloat16 is widened
+};
+
+struct Isa {
+    const char* name;
+    bool (*supported)();
+    // Chosen without being asked for by name. An ISA can be supported and still be slower.
+    bool (*preferred)();
+    const Kernels<PairSoftmax>* pair_softmax;
+    const Kernels<PairSoftmaxSymmetric>* pair_softmax_symmetric;
+    const PeakKernels* peak;
+};
+
+// From the simplest to the most capable.
+std::vector<const Isa*> compiled_isas();
+std::vector<const Isa*> available_isas();
+
+// What SSL_FAST_CPU_ISA names, else the last available and preferred one. Throws
+// std::invalid_argument where the variable names an ISA that this CPU or build lacks.
+const Isa& active_isa();
+// "" goes back to the choice above.
+void set_isa(const std::string& name);
+
+}  // namespace ssl_fast

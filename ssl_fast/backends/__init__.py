@@ -1,0 +1,1 @@
+"""The backends that compute the ops, and the dispatcher that chooses between them."""

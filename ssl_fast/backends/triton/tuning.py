@@ -1,0 +1,117 @@
+"""Tile sizes for the Triton kernels: frozen tables, keyed by op, dtype, depth and architecture.
+
+Every row below was compiled ahead of time and looked at for spills, registers and shared memory;
+none has been measured on a card yet, and each says so. A row that is measured later takes the
+card's name as its source, and its own date.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+ANY_DEPTH = 0
+DEPTH_BUCKETS = (64, 128, 256)
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "generic")
+
+
+@dataclass(frozen=True)
+class Config:
+    """One kernel's tile: rows by columns, the depth it multiplies at once, and how it is launched.
+
+    A depth that fits block_depth keeps the query tile on chip for the whole sweep.
+    """
+
+    block_rows: int
+    block_columns: int
+    block_depth: int
+    warps: int
+    stages: int
+    source: str = "compiled ahead of time, not yet measured on a card"
+    date: str = "2026-11-22"
+
+
+# What an interpreter test needs: several tiles, chunks and tails out of a few dozen rows.
+INTERPRETER = Config(16, 16, 16, 1, 1, source="small, for tests", date="2026-11-22")
+
+Table = dict[tuple[str, str, int, str], Config]
+
+
+def _sixteen_bit(dtype: str) -> Table:
+    """Rows for bf16 and fp16, whose kernels differ by a few registers only."""
+    # tall tiles hold fewer columns per thread, and with them fewer of the vectors read per column;
+    # fp16 has two more of those than bf16, and would spill in bf16's
+    half = dtype == "float16"
+    return {
+        ("sweep", dtype, 64, "sm_80"): Config(128, 128, 64, 8, 3),
+        ("sweep", dtype, 128, "sm_80"): Config(128, 128, 128, 8, 2),
+        ("sweep", dtype, 256, "sm_80"): Config(128, 64, 256, 8, 2),
+        ("sweep", dtype, ANY_DEPTH, "sm_80"): Config(128, 128, 64, 8, 3),
+        ("sweep_columns", dtype, 64, "sm_80"): Config(128, 128, 64, 8, 3),
+        ("sweep_columns", dtype, 128, "sm_80"): Config(128, 128, 128, 8, 2),
+        ("sweep_columns", dtype, ANY_DEPTH, "sm_80"): Config(128, 128, 64, 8, 3),
+        ("weights", dtype, ANY_DEPTH, "sm_80"): Config(128, 128, 32, 8, 4),
+        ("weights_mirror", dtype, ANY_DEPTH, "sm_80"): Config(128, 64, 64, 8, 3),
+        ("weights_moments", dtype, ANY_DEPTH, "sm_80"): Config(128, 64 if half else 128, 64, 8, 3),
+        ("sweep", dtype, 64, "sm_90"): Config(128, 128, 64, 8, 3),
+        ("sweep", dtype, 128, "sm_90"): Config(128, 128, 128, 8, 3),
+        ("sweep", dtype, 256, "sm_90"): Config(128, 128, 256, 8, 2),
+        ("sweep", dtype, ANY_DEPTH, "sm_90"): Config(128, 256, 64, 8, 3),
+        ("sweep_columns", dtype, 64, "sm_90"): Config(256, 64, 64, 8, 3),
+        ("sweep_columns", dtype, 128, "sm_90"): Config(256, 64, 128, 8, 3),
+        ("sweep_columns", dtype, ANY_DEPTH, "sm_90"): Config(128, 128, 64, 8, 3),
+        ("weights", dtype, ANY_DEPTH, "sm_90"): Config(256, 128, 64, 8, 3),
+        ("weights_mirror", dtype, ANY_DEPTH, "sm_90"): Config(256, 64, 64, 8, 3),
+        ("weights_moments", dtype, ANY_DEPTH, "sm_90"): Config(128 if half else 256, 64, 64, 8, 3),
+        ("sweep", dtype, 64, "sm_100"): Config(128, 128, 64, 8, 3),
+        ("sweep", dtype, 128, "sm_100"): Config(128, 128, 128, 8, 3),
+        ("sweep", dtype, 256, "sm_100"): Config(128, 128, 256, 8, 2),
+        ("sweep", dtype, ANY_DEPTH, "sm_100"): Config(128, 128, 64, 8, 3),
+        ("sweep_columns", dtype, 64, "sm_100"): Config(128, 64, 64, 8, 3),
+        ("sweep_columns", dtype, 128, "sm_100"): Config(128, 64, 128, 8, 3),
+        ("sweep_columns", dtype, ANY_DEPTH, "sm_100"): Config(128, 64, 64, 8, 3),
+        ("weights", dtype, ANY_DEPTH, "sm_100"): Config(128, 128, 64, 8, 3),
+        ("weights_mirror", dtype, ANY_DEPTH, "sm_100"): Config(128, 64, 64, 8, 3),
+        ("weights_moments", dtype, ANY_DEPTH, "sm_100"): Config(128, 64, 64, 8, 3),
+        # 64 KB of shared memory at most: AMD's limit, and within the consumer cards' 99 KB
+        ("sweep", dtype, 64, "generic"): Config(64, 64, 64, 4, 2),
+        ("sweep", dtype, 128, "generic"): Config(64, 64, 128, 4, 2),
+        ("sweep", dtype, ANY_DEPTH, "generic"): Config(64, 64, 64, 4, 2),
+        ("sweep_columns", dtype, ANY_DEPTH, "generic"): Config(64, 64, 64, 4, 2),
+        ("weights", dtype, ANY_DEPTH, "generic"): Config(64, 64, 64, 4, 2),
+        ("weights_mirror", dtype, ANY_DEPTH, "generic"): Config(64, 64, 64, 4, 2),
+        ("weights_moments", dtype, ANY_DEPTH, "generic"): Config(64, 64, 64, 4, 2),
+    }
+
+
+def _full_precision() -> Table:
+    """Rows for fp32: 3×TF32 or TF32 on tensor cores, plain multiply-adds where there are none."""
+    ops = ("sweep", "sweep_columns", "weights", "weights_mirror", "weights_moments")
+    table = {
+        (op, "float32", ANY_DEPTH, architecture): Config(128, 64, 32, 8, 3)
+        for op in ops
+        for architecture in ("sm_80", "sm_90", "sm_100")
+    }
+    table |= {(op, "float32", ANY_DEPTH, "generic"): Config(64, 64, 32, 8, 2) for op in ops}
+    return table
+
+
+TABLE: Table = _sixteen_bit("bfloat16") | _sixteen_bit("float16") | _full_precision()
+
+
+def architecture_of(capability: tuple[int, int] | None) -> str:
+    """The table's name for a CUDA capability; None stands for a device that has none (AMD)."""
+    if capability is None:
+        return "generic"
+    major, minor = capability
+    if (major, minor) == (8, 0):
+        return "sm_80"
+    # 8.6, 8.9 and 12.x are consumer cards: sm_80's instructions with 99 KB of shared memory
+    return {9: "sm_90", 10: "sm_100"}.get(major, "generic")
+
+
+def lookup(op: str, dtype: torch.dtype, depth: int, architecture: str) -> Config:
+    """The row for this op, or the op's row for any depth where its bucket has none of its own."""
+    name = str(dtype).removeprefix("torch.")
+    bucket = next((bound for bound in DEPTH_BUCKETS if depth <= bound), ANY_DEPTH)
+    exact = TABLE.get((op, name, bucket, architecture))
+    return exact or TABLE[op, name, ANY_DEPTH, architecture]

@@ -1,0 +1,71 @@
+"""The demo's closing table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ssl_fast.demo.data import CLASSES
+from ssl_fast.demo.evaluation import NEIGHBOURS
+from ssl_fast.demo.results import UNTRAINED, Results, readable_bytes, readable_seconds
+from ssl_fast.demo.scaling import DIM, OURS, PLAIN, Point
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_COLUMNS = (UNTRAINED, PLAIN, OURS)
+_TITLE_WIDTH, _WIDTH = 44, 13
+
+
+def render(results: Results) -> str:
+    """The table as text."""
+    labels = results.labels_per_class * CLASSES
+    lines = ["", _row("", dict(zip(_COLUMNS, _COLUMNS, strict=True)))]
+    lines.append("-" * len(lines[-1]))
+    probe = {name: f"{100 * score.probe:.1f} %" for name, score in results.scores.items()}
+    vote = {name: f"{100 * score.neighbours:.1f} %" for name, score in results.scores.items()}
+    lines.append(_row(f"linear probe, {labels} labels, test accuracy", probe))
+    lines.append(_row(f"{NEIGHBOURS} nearest neighbours, same labels", vote))
+    final = {side: f"{losses[-1]:.4f}" for side, losses in results.losses.items()}
+    lines.append(_row("NT-Xent loss, last epoch", final))
+    large = results.large_batch()
+    if large is not None:
+        lines.append("")
+        lines.extend(_large_batch(large))
+    for point in results.points:
+        for side, reason in point.skipped.items():
+            lines.append(f"batch {point.batch}: {side} skipped: it {reason}{_other(point)}")
+    return "\n".join(lines)
+
+
+def _large_batch(point: Point) -> list[str]:
+    lines = [f"loss and gradient, batch {point.batch} (synthetic: {2 * point.batch} x {DIM}, fp32)"]
+    lines.append(
+        _row("  time", {side: readable_seconds(s) for side, s in point.seconds.items()})
+        + _ratio(point.seconds, "faster", "slower")
+    )
+    if point.extra_bytes:
+        memory = {side: readable_bytes(count) for side, count in point.extra_bytes.items()}
+        ratio = _ratio(point.extra_bytes, "less", "more")
+        lines.append(_row("  peak memory beyond the inputs", memory) + ratio)
+    return lines
+
+
+def _ratio(values: Mapping[str, float], less: str, more: str) -> str:
+    ours, plain = values.get(OURS), values.get(PLAIN)
+    if not ours or not plain:
+        return ""
+    ratio, word = (plain / ours, less) if ours <= plain else (ours / plain, more)
+    return f"   {ratio:.0f} x {word}" if ratio >= 20 else f"   {ratio:.1f} x {word}"
+
+
+def _other(point: Point) -> str:
+    if OURS not in point.seconds:
+        return ""
+    took = f"; {OURS} took {readable_seconds(point.seconds[OURS])}"
+    if OURS in point.extra_bytes:
+        took += f" and {readable_bytes(point.extra_bytes[OURS])}"
+    return took
+
+
+def _row(title: str, cells: dict[str, str]) -> str:
+    return f"{title:<{_TITLE_WIDTH}}" + "".join(f"{cells.get(c, '-'):>{_WIDTH}}" for c in _COLUMNS)

@@ -1,0 +1,1 @@
+"""The loss functions and their modules, one loss per file."""

@@ -1,0 +1,1 @@
+"""The differentiable primitives, one per file: registered with torch, served by a backend."""

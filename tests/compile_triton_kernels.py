@@ -1,0 +1,198 @@
+"""Compiles Triton kernels ahead of time, for GPUs that this machine needn't have.
+
+`python compile_triton_kernels.py` prints a JSON object: each case's name with what the assembler
+said of it. test_triton_compile.py runs it in a process without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FLAGS = {
+    "sweep": {"COLUMNS": False, "TRIANGLE": False},
+    "sweep_columns": {"COLUMNS": True, "TRIANGLE": False},
+    "sweep_triangle": {"COLUMNS": True, "TRIANGLE": True},
+    "weights": {"SIDES": 1, "ROW_MOMENT": False, "COLUMN_MOMENT": False},
+    "weights_mirror": {"SIDES": 3, "ROW_MOMENT": True, "COLUMN_MOMENT": False},
+    "weights_moments": {"SIDES": 2, "ROW_MOMENT": True, "COLUMN_MOMENT": True},
+}
+# As many as the functions use them with: the symmetric loss excludes three, the others one.
+DIAGONALS = {"weights_mirror": 3}
+
+
+_said: dict[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel as the functions launch it on an architecture; target is sm_xx or gfxxxx."""
+
+    op: str
+    dtype: str
+    depth: int
+    target: str
+    ids: bool = False
+    precision: str = field(default="ieee")
+
+    @property
+    def name(self) -> str:
+        extra = ("-ids" if self.ids else "") + (
+            "" if self.dtype != "fp32" else f"-{self.precision}"
+        )
+        return f"{self.op}-{self.dtype}-{self.depth}-{self.target}{extra}"
+
+
+def cases() -> list[Case]:
+    """bf16 on sm_90 in full; of the rest, what differs from it."""
+    found = []
+    for target in ("sm_80", "sm_90", "sm_100"):
+        for depth in (64, 128, 256, 768) if target == "sm_90" else (128, 768):
+            found += [Case(op, "bf16", depth, target) for op in ("sweep", "sweep_triangle")]
+        found += [Case(op, "bf16", 128, target) for op in FLAGS if op.startswith("weights")]
+        found += [Case("weights_moments", "fp16", 128, target)]
+        found += [
+            Case(op, "fp32", 128, target, precision="tf32x3") for op in ("sweep", "weights_moments")
+        ]
+    found += [
+        # a depth that is no multiple of anything, ids, the columns of a rectangle, TF32, no TF32
+        Case("sweep", "bf16", 19, "sm_90"),
+        Case("weights", "bf16", 19, "sm_90"),
+        Case("sweep", "bf16", 128, "sm_90", ids=True),
+        *(Case(op, "fp16", 128, "sm_90") for op in ("sweep", "weights", "weights_mirror")),
+        Case("sweep_columns", "bf16", 128, "sm_90"),
+        Case("sweep", "fp32", 128, "sm_90", precision="tf32"),
+        Case("sweep", "bf16", 128, "gfx942"),
+        Case("weights_moments", "bf16", 128, "gfx942"),
+        Case("sweep", "fp32", 128, "gfx942"),
+        *(Case(op, "bf16", 128, "sm_90") for op in ("row_dot", "finish_rows")),
+    ]
+    return found
+
+
+def pair_kernel(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    """The kernel, its constants and its launch options for a case on pairs."""
+    import triton
+
+    from ssl_fast.backends.triton import pair_softmax_kernels, tuning
+
+    named = case.target.startswith("sm") and case.depth % 16 == 0
+    architecture = case.target if named else "generic"
+    row = "sweep_columns" if case.op == "sweep_triangle" else case.op
+    config = tuning.lookup(row, DTYPES[case.dtype], case.depth, architecture)
+    block_depth = min(config.block_depth, max(16, triton.next_power_of_2(case.depth)))
+    constants = {
+        "DIAGONALS": DIAGONALS.get(case.op, 1),
+        "HAS_IDS": case.ids,
+        "EVEN_DEPTH": case.depth % block_depth == 0,
+        "PRECISION": case.precision,
+        "BLOCK_ROWS": config.block_rows,
+        "BLOCK_COLUMNS": config.block_columns,
+        "BLOCK_DEPTH": block_depth,
+        **FLAGS[case.op],
+    }
+    if case.op.startswith("sweep"):
+        kernel = pair_softmax_kernels.sweep_kernel
+        constants["RESIDENT"] = case.depth <= block_depth
+    else:
+        kernel = pair_softmax_kernels.weights_kernel
+        constants["HAS_FACTORS"] = case.dtype == "fp16"
+    return kernel, constants, {"num_warps": config.warps, "num_stages": config.stages}
+
+
+def row_kernel(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    from ssl_fast.backends.triton import pair_softmax, row_kernels
+
+    constants: dict[str, Any] = {
+        "BLOCK_ROWS": pair_softmax.ROW_BLOCK,
+        "BLOCK_DEPTH": pair_softmax.DEPTH_BLOCK,
+    }
+    if case.op == "finish_rows":
+        flags = ("HAS_PRODUCT", "HAS_RESTORE", "HAS_OTHER", "PROJECT")
+        constants |= dict.fromkeys(flags, True)
+    return getattr(row_kernels, f"{case.op}_kernel"), constants, {}
+
+
+def source(kernel: Any, constants: dict[str, Any], case: Case) -> Any:
+    """The kernel with the types its launch gives it: aligned pointers, sizes divisible by 16."""
+    from triton.compiler import ASTSource
+
+    features = ("query", "key", "strip", "left", "right", "other", "features", "gradient")
+    plain = ("row_begin", "row_end", "column_begin", "shift", *(f"diagonal_{i}" for i in range(3)))
+    sizes = ("column_end", "n_queries", "n_keys", "n_rows", "n_others", "depth", "strip_width")
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in plain:
+            signature[name] = "i32"
+        else:
+            size = name in sizes or name.endswith("stride")
+            signature[name] = "i32" if size else "*fp32"
+            if name in features:
+                signature[name] = f"*{case.dtype}"
+            if name.endswith("_ids"):
+                signature[name] = "*i64"
+            if not size or case.depth % 16 == 0:
+                attributes[place,] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compile_case(case: Case) -> dict[str, Any]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    cuda = case.target.startswith("sm_")
+    target = (
+        GPUTarget("cuda", int(case.target[3:]), 32) if cuda else GPUTarget("hip", case.target, 64)
+    )
+    of_pairs = case.op in FLAGS
+    kernel, constants, options = pair_kernel(case) if of_pairs else row_kernel(case)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        compiled = triton.compile(
+            source(kernel, constants, case),
+            target=target,
+            options={**options, "enable_fp_fusion": True},
+        )
+    result: dict[str, Any] = {"shared": compiled.metadata.shared}
+    if cuda:
+        # cases that come to the same kernel are compiled once
+        log = _said.setdefault(compiled.hash, said.getvalue())
+        assembly = compiled.asm["ptx"]
+        result["registers"] = int(re.search(r"Used (\d+) registers", log)[1])  # type: ignore[index]
+        result["spilled"] = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
+        # C75xx: the assembler's remarks that it serialised wgmma
+        result["remarks"] = sorted(set(re.findall(r"C75\d\d", log)))
+    else:
+        assembly = compiled.asm["amdgcn"]
+        result["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])  # type: ignore[index]
+        result["spilled"] = sum(map(int, re.findall(r"[sv]gpr_spill_count:\s+(\d+)", assembly)))
+        result["remarks"] = []
+    instructions = ("wgmma.mma_async", "tcgen05.mma", "mma.sync", "v_mfma", "cp.async")
+    result["instructions"] = [x for x in instructions if x in assembly]
+    return result
+
+
+def main() -> None:
+    names = sys.argv[1:]
+    chosen = [case for case in cases() if not names or case.name in names]
+    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
+    # a kernel that was compiled before would have no log
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        print(json.dumps({case.name: compile_case(case) for case in chosen}))
+
+
+if __name__ == "__main__":
+    main()
