@@ -183,7 +183,7 @@ double fma_peak(const std::string& kind, int threads, double seconds) {
     double best = 0.0;
     const auto end = Clock::now() + std::chrono::duration<double>(seconds);
     do {
-        Round round{loop, 100000, 0.0};
+        Round round{loop, 1000000, 0.0};
         const auto start = Clock::now();
         run_team(
             threads,

@@ -43,9 +43,9 @@ def test_equals_the_plain_formula(backend, features, n, normalize, reduction, dt
 def test_equals_lightly(features):
     """Its NTXentLoss in its four blocks; the package itself asks for torchvision."""
     z = views(features)
-    out0, out1 = (torch.nn.functional.normalize(x, dim=1) for x in z)
     other = ~torch.eye(33, dtype=torch.bool)
     for temperature in (0.1, 0.5):
+        out0, out1 = (torch.nn.functional.normalize(x, dim=1) for x in z)
         blocks = [(a @ b.T / temperature) for a in (out0, out1) for b in (out0, out1)]
         own = [blocks[i][other].view(33, -1) for i in (0, 3)]
         logits = torch.cat([torch.cat([blocks[1], own[0]], 1), torch.cat([blocks[2], own[1]], 1)])

@@ -22,7 +22,7 @@ OPS = ("sweep", "sweep_columns", "weights", "weights_mirror", "weights_moments")
 
 
 def test_interpreted():
-    """Every check of interpreted_pair_softmax.py, in a process of its own."""
+    """Every check of the interpreted_*.py files, in a process of its own."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     environment = os.environ | {
@@ -32,7 +32,7 @@ def test_interpreted():
         "PYTHONPATH": str(Path(ssl_fast.__file__).parents[1]),
     }
     run = subprocess.run(
-        [*command, str(HERE / "interpreted_pair_softmax.py")],
+        [*command, *map(str, sorted(HERE.glob("interpreted_*.py")))],
         cwd=HERE.parent,
         env=environment,
         capture_output=True,

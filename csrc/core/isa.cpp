@@ -12,9 +12,9 @@
 
 namespace ssl_fast {
 
-#define SSL_FAST_TABLES(isa)                                                   \
-    extern const Kernels<PairSoftmax> pair_softmax_##isa;                      \
-    extern const Kernels<PairSoftmaxSymmetric> pair_softmax_symmetric_##isa;   \
+#define SSL_FAST_TABLES(isa)                                                 \
+    extern const Kernels<PairSoftmax> pair_softmax_##isa;                    \
+    extern const Kernels<PairSoftmaxSymmetric> pair_softmax_symmetric_##isa; \
     extern const PeakKernels peak_##isa;
 SSL_FAST_TABLES(baseline)
 #if defined(SSL_FAST_HAVE_AVX2)
@@ -61,7 +61,8 @@ bool has_amx_bf16() {
     if ((d & AMX_BF16) == 0 || (d & AMX_TILE) == 0) return false;
     // Linux hands out the tile state on request only, for the process.
     constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-    static const bool granted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    static const bool granted =
+        syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
     return granted;
 }
 #else

@@ -8,7 +8,8 @@
 
 namespace ssl_fast {
 
-// Multiply-adds in registers alone, `rounds` times; returns how many floating-point operations it did.
+// Multiply-adds in registers alone, `rounds` times; returns how many floating-point operations it
+// did.
 struct PeakKernels {
     double (*fp32)(long rounds);
     double (*bf16)(long rounds);  // null where bfloat16 is widened

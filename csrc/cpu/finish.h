@@ -53,5 +53,57 @@ inline float through_norm(const float* x, const float* g, float factor, float in
     return along;
 }
 
+// [D] each, of one thread.
+struct RowBuffers {
+    float *row, *other, *gradient, *output;
+};
+
+// A row's gradients in the backward pass, from `key_sum` [D], the weighted sum of its keys.
+inline void finish_given(const PairSoftmax& c, int64_t i, const float* key_sum,
+                         const RowBuffers& buffers) {
+    const float* q = widen(c.query, c.dtype, i, c.d, buffers.row);
+    const float along =
+        through_norm(q, key_sum, c.query_scale[i], 1.0f, false, c.d, buffers.output);
+    if (c.grad_query_scale != nullptr) c.grad_query_scale[i] = along;
+    if (c.grad_query != nullptr) narrow(buffers.output, c.dtype, i, c.d, c.grad_query);
+}
+
+// A row's loss and gradients. `key_sum` [D] sums the keys by their exponentials, or is null where
+// no gradient is asked for; `query_scale` is the scale times the query's inverse norm; `key_norm`
+// the inverse norm of an in-batch positive.
+inline RowTerms finish_loss(const PairSoftmax& c, int64_t i, float maximum, float reference,
+                            float sum, const float* key_sum, float query_scale, float key_norm,
+                            const RowBuffers& buffers) {
+    const bool in_batch = c.positive.data == nullptr;
+    const float* q = widen(c.query, c.dtype, i, c.d, buffers.row);
+    const float* p = widen(in_batch ? c.key : c.positive, c.dtype, i, c.d, buffers.other);
+    const float p_norm = in_batch ? key_norm : c.normalize ? inverse_norm(p, c.d) : 1.0f;
+    const float product = dot(q, p, c.d);
+    const float positive = query_scale * p_norm * product;
+    const RowTerms t = row_terms(maximum, reference, sum, positive);
+    c.row_lse[i] = t.lse;
+    c.row_max[i] = t.maximum;
+    c.positive_logit[i] = positive;
+    c.loss[i] = t.loss;
+    if (key_sum != nullptr) {
+        combine(key_sum, t.factor, p, -t.coefficient * p_norm, c.d, buffers.gradient);
+        const float q_norm = c.normalize ? inverse_norm(q, c.d) : 1.0f;
+        const float along =
+            through_norm(q, buffers.gradient, *c.scale, q_norm, c.normalize, c.d, buffers.output);
+        if (c.grad_scale != nullptr) c.grad_scale[i] = q_norm * along;
+        if (c.grad_query != nullptr) narrow(buffers.output, c.dtype, i, c.d, c.grad_query);
+    }
+    if (c.grad_positive != nullptr) {
+        const float pull = -t.coefficient * query_scale;
+        if (c.normalize)
+            combine(q, pull * p_norm, p, -pull * (product * p_norm) * p_norm * p_norm, c.d,
+                    buffers.output);
+        else
+            multiply(q, pull, c.d, buffers.output);
+        narrow(buffers.output, c.dtype, i, c.d, c.grad_positive);
+    }
+    return t;
+}
+
 }  // namespace
 }  // namespace ssl_fast

@@ -57,14 +57,14 @@ void pack_key_row(const Rows& keys, Dtype dtype, int64_t j, int64_t rows, const 
     }
 }
 
-// One group of keys: scales (the inverse norm, or what the caller gave) and packed rows.
+// One panel of keys: scales (the inverse norm, or what the caller gave) and packed rows.
 // `buffer` holds round_up(d, 64) floats.
 template <class Path>
 void pack_keys(const Rows& keys, Dtype dtype, const float* given_scale, bool normalize,
-               int64_t group, const PackedKeys& out, float* buffer) {
-    const Block block = out.block(group);
-    const int64_t rows = round_up(block.keys, Path::PANEL);
-    for (int64_t j = block.key; j < block.key + rows; ++j) {
+               int64_t panel, const PackedKeys& out, float* buffer) {
+    const int64_t first = panel * Path::PANEL;
+    const int64_t rows = round_up(out.block(first / GROUP).keys, Path::PANEL);
+    for (int64_t j = first; j < first + Path::PANEL; ++j) {
         const float* row = buffer;
         if (j < out.m) {
             row = widen(keys, dtype, j, out.d, buffer);

@@ -1,9 +1,10 @@
 // pair_softmax on the CPU: one sweep over the keys for each sub-block of queries.
 //
 // The loss pass needs three products instead of four: a row block keeps its strip of exponentials
-// [keys][queries] relative to a reference (weights.h). Once a row's statistics are complete, the factor
-// from exponential to weight goes into the right operand of the query sum. The key sum is taken at
-// once, while the group is in cache, and rescaled in the rare case that the reference moves.
+// [keys][queries] relative to a reference (weights.h). Once a row's statistics are complete, the
+// factor from exponential to weight goes into the right operand of the query sum. The key sum is
+// taken at once, while the group is in cache, and rescaled in the rare case that the reference
+// moves.
 //
 // Work is shared out by sub-blocks of queries (logits, key sum) and then by groups of keys (query
 // sum). Every sum runs in index order whatever the block size, so the bits depend neither on the
@@ -58,9 +59,8 @@ class Sweep {
             scaled_queries_ = arena.take<float>(block_ * LANES * padded_d_);
             weighted_ = arena.take<float>(padded_d_ / LANES * block_ * Path::WEIGHTED_FLOATS);
             const bool direct = c_.dtype == Dtype::float32 && padded_d_ == c_.d;
-            query_sums_ = direct
-                              ? static_cast<float*>(c_.grad_key)
-                              : arena.take<float>(round_up(c_.m, Path::PANEL) * padded_d_);
+            query_sums_ = direct ? static_cast<float*>(c_.grad_key)
+                                 : arena.take<float>(round_up(c_.m, Path::PANEL) * padded_d_);
         }
         const std::size_t shared_bytes = arena.used();
         for (int r = 0; r <= rank; ++r) take_own(arena);
@@ -73,10 +73,15 @@ class Sweep {
         const FlushSubnormals flush;
         if (team->rank == 0) __builtin_memset(counters_, 0, 2 * blocks() * sizeof(int));
         const int64_t groups = keys_.groups();
-        for (int64_t group = team->rank; group < groups; group += team->size) {
-            pack_keys<Path>(c_.key, c_.dtype, c_.key_scale, c_.normalize, group, keys_, row_);
-            if (strip_) clear_sums(group);
+        const int64_t panels = ceil_div(c_.m, Path::PANEL);
+        for (int64_t panel = team->rank; panel < panels; panel += team->size) {
+            pack_keys<Path>(c_.key, c_.dtype, c_.key_scale, c_.normalize, panel, keys_,
+                            buffers_.row);
+            if (strip_) clear_sums(panel);
         }
+        // Whole groups read a strip once; where they are few, their columns are shared out too.
+        const bool split = groups < 4 * team->size;
+        const int64_t columns = padded_d_ / LANES, parts = split ? columns : 1;
         team_barrier(team);
         for (int64_t block = 0; block < blocks(); ++block) {
             const int64_t first = block * block_, subs = smaller(block_, subs_ - first);
@@ -84,11 +89,12 @@ class Sweep {
                 sweep(first, unit * unit_, smaller(unit_, subs - unit * unit_));
             if (!strip_) continue;
             team_barrier(team);
-            for (int64_t group; (group = take(2 * block + 1)) < groups;) sum_queries(group, subs);
+            for (int64_t item; (item = take(2 * block + 1)) < groups * parts;)
+                sum_queries(item / parts, subs, split ? item % parts : 0, split ? 1 : columns);
             team_barrier(team);
         }
         if (!strip_) return;
-        for (int64_t group = team->rank; group < groups; group += team->size) finish_keys(group);
+        for (int64_t panel = team->rank; panel < panels; panel += team->size) finish_keys(panel);
     }
 
   private:
@@ -123,17 +129,15 @@ class Sweep {
         own_weighted_ = arena.take<float>(strip_ ? UNIT * Path::WEIGHTED_FLOATS : 0);
         staged_ = arena.take<float>(LANES * padded_d_);
         columns_ = arena.take<float>(c_.column_lse != nullptr ? 2 * GROUP : 0);
-        row_ = arena.take<float>(padded_d_);
-        other_ = arena.take<float>(padded_d_);
-        gradient_ = arena.take<float>(padded_d_);
-        output_ = arena.take<float>(padded_d_);
+        buffers_ = {arena.take<float>(padded_d_), arena.take<float>(padded_d_),
+                    arena.take<float>(padded_d_), arena.take<float>(padded_d_)};
     }
 
-    void clear_sums(int64_t group) const {
-        const Block b = keys_.block(group);
+    void clear_sums(int64_t panel) const {
+        const int64_t key = panel * Path::PANEL;
         const int64_t rows =
-            query_sums_ == c_.grad_key ? b.keys : round_up(b.keys, Path::PANEL);
-        __builtin_memset(query_sums_ + b.key * padded_d_, 0, rows * padded_d_ * sizeof(float));
+            query_sums_ == c_.grad_key ? smaller(Path::PANEL, c_.m - key) : Path::PANEL;
+        __builtin_memset(query_sums_ + key * padded_d_, 0, rows * padded_d_ * sizeof(float));
     }
 
     void sweep(int64_t first, int64_t begin, int64_t count) {
@@ -152,8 +156,8 @@ class Sweep {
         for (int lane = 0; lane < LANES; ++lane) {
             const int64_t i = (first + sub) * LANES + lane;
             const bool exists = i < c_.n;
-            const float* row = exists ? widen(c_.query, c_.dtype, i, c_.d, row_) : nullptr;
-            const float scale = !exists                  ? 0.0f
+            const float* row = exists ? widen(c_.query, c_.dtype, i, c_.d, buffers_.row) : nullptr;
+            const float scale = !exists                 ? 0.0f
                                 : c_.pass != Pass::loss ? c_.query_scale[i]
                                 : c_.normalize          ? *c_.scale * inverse_norm(row, c_.d)
                                                         : *c_.scale;
@@ -260,13 +264,11 @@ class Sweep {
     // Statistics, loss and the rows' own gradients, once a sub-block has seen every key.
     void finish(int64_t first, int64_t sub, SubBlock& own) {
         alignas(64) float factor[LANES];
-        if (accumulate_)
-            transpose_sums(own.key_sum, c_.d, staged_, padded_d_);
+        if (accumulate_) transpose_sums(own.key_sum, c_.d, staged_, padded_d_);
         for (int lane = 0; lane < LANES; ++lane) {
             const int64_t i = (first + sub) * LANES + lane;
             RowTerms t{};
-            if (i < c_.n)
-                t = c_.pass == Pass::loss ? finish_loss(i, lane, own) : finish_row(i, lane, own);
+            if (i < c_.n) t = finish_row(i, lane, own);
             factor[lane] = LN2 * (c_.pass == Pass::loss ? t.factor : 1.0f);
             coefficient_[i] = t.coefficient;
         }
@@ -279,67 +281,31 @@ class Sweep {
     }
 
     RowTerms finish_row(int64_t i, int lane, const SubBlock& own) {
-        const RowTerms t = row_terms(own.maximum[lane], own.reference[lane], own.sum[lane], 0.0f);
+        const float maximum = own.maximum[lane], reference = own.reference[lane];
+        const float* key_sum = accumulate_ ? staged_ + lane * padded_d_ : nullptr;
+        if (c_.pass == Pass::loss)
+            return finish_loss(c_, i, maximum, reference, own.sum[lane], key_sum, query_scale_[i],
+                               c_.positive.data == nullptr ? keys_.scale[i] : 0.0f, buffers_);
+        const RowTerms t = row_terms(maximum, reference, own.sum[lane], 0.0f);
         if (c_.pass == Pass::forward) {
             c_.row_lse[i] = t.lse;
             c_.row_max[i] = t.maximum;
-            return t;
-        }
-        if (!accumulate_) return t;
-        const float* q = widen(c_.query, c_.dtype, i, c_.d, row_);
-        const float along = through_norm(q, staged_ + lane * padded_d_, c_.query_scale[i], 1.0f,
-                                         false, c_.d, output_);
-        if (c_.grad_query_scale != nullptr) c_.grad_query_scale[i] = along;
-        if (c_.grad_query != nullptr) narrow(output_, c_.dtype, i, c_.d, c_.grad_query);
-        return t;
-    }
-
-    RowTerms finish_loss(int64_t i, int lane, const SubBlock& own) {
-        const bool in_batch = c_.positive.data == nullptr;
-        const float* q = widen(c_.query, c_.dtype, i, c_.d, row_);
-        const float* p = widen(in_batch ? c_.key : c_.positive, c_.dtype, i, c_.d, other_);
-        const float p_norm = in_batch        ? keys_.scale[i]
-                             : c_.normalize ? inverse_norm(p, c_.d)
-                                            : 1.0f;
-        const float scale = query_scale_[i];  // times the query's inverse norm
-        const float product = dot(q, p, c_.d);
-        const float positive = scale * p_norm * product;
-        const RowTerms t =
-            row_terms(own.maximum[lane], own.reference[lane], own.sum[lane], positive);
-        c_.row_lse[i] = t.lse;
-        c_.row_max[i] = t.maximum;
-        c_.positive_logit[i] = positive;
-        c_.loss[i] = t.loss;
-        if (accumulate_) {
-            combine(staged_ + lane * padded_d_, t.factor, p, -t.coefficient * p_norm, c_.d,
-                    gradient_);
-            const float q_norm = c_.normalize ? inverse_norm(q, c_.d) : 1.0f;
-            const float along =
-                through_norm(q, gradient_, *c_.scale, q_norm, c_.normalize, c_.d, output_);
-            if (c_.grad_scale != nullptr) c_.grad_scale[i] = q_norm * along;
-            if (c_.grad_query != nullptr) narrow(output_, c_.dtype, i, c_.d, c_.grad_query);
-        }
-        if (c_.grad_positive != nullptr) {
-            const float pull = -t.coefficient * scale;
-            if (c_.normalize)
-                combine(q, pull * p_norm, p, -pull * (product * p_norm) * p_norm * p_norm, c_.d,
-                        output_);
-            else
-                multiply(q, pull, c_.d, output_);
-            narrow(output_, c_.dtype, i, c_.d, c_.grad_positive);
+        } else if (accumulate_) {
+            finish_given(c_, i, key_sum, buffers_);
         }
         return t;
     }
 
-    void sum_queries(int64_t group, int64_t subs) {
+    // The query sum of one group, in `columns` columns of LANES from `first`.
+    void sum_queries(int64_t group, int64_t subs, int64_t first, int64_t columns) {
         const Block b = keys_.block(group);
-        const int rows = query_sums_ == c_.grad_key
-                             ? b.keys
-                             : static_cast<int>(round_up(b.keys, Path::PANEL));
+        const int rows =
+            query_sums_ == c_.grad_key ? b.keys : static_cast<int>(round_up(b.keys, Path::PANEL));
         for (int64_t sub = 0; sub < subs; sub += UNIT) {
             const int count = static_cast<int>(smaller(UNIT, subs - sub));
             const bool common = has_final_reference(group, sub, count);
-            for (int64_t column = 0; column < padded_d_; column += LANES) {
+            for (int64_t c = first; c < first + columns; ++c) {
+                const int64_t column = c * LANES;
                 if (!common) weigh_again(group, sub, count, column);
                 Path::query_sum(strip(group, sub), common ? weighted(column, sub) : own_weighted_,
                                 count, rows, query_sums_ + b.key * padded_d_ + column, padded_d_);
@@ -360,28 +326,29 @@ class Sweep {
             const float* then = group_reference_ + (group * block_ + sub + s) * LANES;
             const int64_t at = (sub + s) * LANES;
             for (int lane = 0; lane < LANES; lane += WIDTH)
-                store(factor + lane, load(final_factor_ + at + lane) *
-                                         exp2(load(then + lane) - load(final_reference_ + at + lane)));
+                store(factor + lane,
+                      load(final_factor_ + at + lane) *
+                          exp2(load(then + lane) - load(final_reference_ + at + lane)));
             Path::pack_weighted(scaled_row(sub + s, 0) + column, padded_d_, factor,
                                 own_weighted_ + s * Path::WEIGHTED_FLOATS);
         }
     }
 
-    void finish_keys(int64_t group) {
-        const Block b = keys_.block(group);
+    void finish_keys(int64_t panel) {
+        const int64_t key = panel * Path::PANEL;
         const bool in_batch = c_.pass == Pass::loss && c_.positive.data == nullptr;
-        for (int64_t j = b.key; j < b.key + b.keys; ++j) {
+        for (int64_t j = key; j < smaller(key + Path::PANEL, c_.m); ++j) {
             const float* sum = query_sums_ + j * padded_d_;
             if (in_batch && j < c_.n) {
-                const float* q = widen(c_.query, c_.dtype, j, c_.d, other_);
-                combine(sum, 1.0f, q, -coefficient_[j] * query_scale_[j], c_.d, gradient_);
-                sum = gradient_;
+                const float* q = widen(c_.query, c_.dtype, j, c_.d, buffers_.other);
+                combine(sum, 1.0f, q, -coefficient_[j] * query_scale_[j], c_.d, buffers_.gradient);
+                sum = buffers_.gradient;
             }
-            const float* k = widen(c_.key, c_.dtype, j, c_.d, row_);
+            const float* k = widen(c_.key, c_.dtype, j, c_.d, buffers_.row);
             const float along =
-                through_norm(k, sum, 1.0f, keys_.scale[j], c_.normalize, c_.d, output_);
+                through_norm(k, sum, 1.0f, keys_.scale[j], c_.normalize, c_.d, buffers_.output);
             if (c_.grad_key_scale != nullptr) c_.grad_key_scale[j] = along;
-            narrow(output_, c_.dtype, j, c_.d, c_.grad_key);
+            narrow(buffers_.output, c_.dtype, j, c_.d, c_.grad_key);
         }
     }
 
@@ -395,7 +362,7 @@ class Sweep {
     PackedKeys keys_;
     int* counters_;
     float *query_scale_, *coefficient_;
-    Weight* weights_ = nullptr;  // [group][sub-block][GROUP][LANES]
+    Weight* weights_ = nullptr;         // [group][sub-block][GROUP][LANES]
     float* group_reference_ = nullptr;  // [group][sub-block][LANES]
     float *final_reference_ = nullptr, *final_factor_ = nullptr;
     float *scaled_queries_ = nullptr, *weighted_ = nullptr, *query_sums_ = nullptr;
@@ -403,7 +370,7 @@ class Sweep {
     SubBlock* own_[UNIT];
     float *packed_[UNIT], *sums_[UNIT];
     float *logits_, *pairs_, *own_weighted_, *staged_, *columns_;
-    float *row_, *other_, *gradient_, *output_;
+    RowBuffers buffers_;
 };
 
 std::size_t workspace_bytes(const PairSoftmax& call) {

@@ -3,8 +3,8 @@
 // the logits and takes both sums: two products in all, where the one-sided loss spends three.
 //
 // Block pairs go in rounds of a round-robin tournament: within a round no two pairs share a block,
-// so that each sum has one owner at a time and grows in the order of the rounds, whatever the number
-// of threads.
+// so that each sum has one owner at a time and grows in the order of the rounds, whatever the
+// number of threads.
 
 #include "cpu/finish.h"
 #include "cpu/kernels.h"
@@ -84,9 +84,8 @@ class SymmetricSweep {
     void tournament(Team* team, int64_t counter, Play play) {
         for (int64_t round = 0; round < players_; ++round) {
             const int64_t tables = round == 0 ? blocks_ : players_ / 2;
-            for (int64_t table;
-                 (table = __atomic_fetch_add(counters_ + counter + round, 1, __ATOMIC_RELAXED)) <
-                 tables;) {
+            for (int64_t table; (table = __atomic_fetch_add(counters_ + counter + round, 1,
+                                                            __ATOMIC_RELAXED)) < tables;) {
                 if (round == 0) {
                     play(table, table);
                     continue;
@@ -102,8 +101,9 @@ class SymmetricSweep {
 
     // Packs a block's rows as keys, as queries and as the right operand of the query sum.
     void prepare(int64_t block) {
-        for (int64_t g = block * GROUPS; g < (block + 1) * GROUPS && g < keys_.groups(); ++g)
-            pack_keys<Path>(c_.features, c_.dtype, nullptr, c_.normalize, g, keys_, row_);
+        constexpr int64_t PANELS = BLOCK / Path::PANEL;
+        for (int64_t p = block * PANELS; p < (block + 1) * PANELS && p * Path::PANEL < rows_; ++p)
+            pack_keys<Path>(c_.features, c_.dtype, nullptr, c_.normalize, p, keys_, row_);
         statistics_.at(block * BLOCK).reset(BLOCK);
         for (int64_t sub = block * SUBS; sub < (block + 1) * SUBS; ++sub) {
             prepare_queries(sub);
@@ -132,15 +132,13 @@ class SymmetricSweep {
             float* staged = staged_ + lane * padded_d_;
             if (Path::BF16) {
                 __builtin_memset(staged, 0, padded_d_ * sizeof(float));
-                if (exists)
-                    __builtin_memcpy(staged, row_at(c_.features, c_.dtype, i), c_.d * 2);
+                if (exists) __builtin_memcpy(staged, row_at(c_.features, c_.dtype, i), c_.d * 2);
             } else {
                 for (int64_t e = 0; e < used; ++e) staged[e] = row[e] * scale;
                 __builtin_memset(staged + used, 0, (padded_d_ - used) * sizeof(float));
             }
         }
-        Path::pack_queries(staged_, padded_d_, c_.d,
-                           queries_ + sub * Path::depth(c_.d) * LANES);
+        Path::pack_queries(staged_, padded_d_, c_.d, queries_ + sub * Path::depth(c_.d) * LANES);
         if (!gradient_asked_) return;
         for (int64_t column = 0; column < padded_d_; column += LANES)
             Path::pack_weighted(unit_rows_ + column, padded_d_, one, weighted(column, sub));
@@ -178,19 +176,19 @@ class SymmetricSweep {
     }
 
     void collect(int64_t i, int64_t j) {
-        for (int64_t group = j * GROUPS; group < (j + 1) * GROUPS && group < keys_.groups(); ++group)
+        for (int64_t group = j * GROUPS; group < (j + 1) * GROUPS && group < keys_.groups();
+             ++group)
             for (int64_t sub = i * SUBS; sub < (i + 1) * SUBS; ++sub)
                 panels(sub, group, logits_, [&](const Block& panel, float* tile) {
                     alignas(64) float correction[LANES];
-                    if (i != j)
-                        column_softmax(tile, panel.keys, statistics_.at(panel.key));
+                    if (i != j) column_softmax(tile, panel.keys, statistics_.at(panel.key));
                     online_softmax<false>(tile, panel.rows, statistics_.at(panel.query),
                                           correction);
                 });
     }
 
-    // W is symmetric: W_ij = w_i exp(s_ij - lse_i) + w_j exp(s_ij - lse_j). A block with itself holds
-    // both W_ij and W_ji, so there the key sum alone counts every pair once.
+    // W is symmetric: W_ij = w_i exp(s_ij - lse_i) + w_j exp(s_ij - lse_j). A block with itself
+    // holds both W_ij and W_ji, so there the key sum alone counts every pair once.
     void differentiate(int64_t i, int64_t j) {
         const int64_t sums = Path::key_sum_rows(c_.d) * LANES;
         for (int64_t group = j * GROUPS; group < (j + 1) * GROUPS && group < keys_.groups();
@@ -259,8 +257,8 @@ class SymmetricSweep {
             for (int64_t e = 0; e < c_.d; ++e)
                 gradient_[e] = key_sum[e * LANES] + query_sum[e] - pull * p[e];
             const float* z = widen(c_.features, c_.dtype, i, c_.d, row_);
-            const float along = through_norm(z, gradient_, *c_.scale, keys_.scale[i], c_.normalize,
-                                             c_.d, other_);
+            const float along =
+                through_norm(z, gradient_, *c_.scale, keys_.scale[i], c_.normalize, c_.d, other_);
             // Each pair is counted in both of its rows.
             c_.grad_scale[i] = 0.5f * keys_.scale[i] * along;
             narrow(other_, c_.dtype, i, c_.d, c_.grad_features);
@@ -276,10 +274,10 @@ class SymmetricSweep {
     int* counters_;
     float *queries_, *query_scale_;
     Statistics statistics_;
-    float *lse_, *weight_;            // in units of log 2; d loss / d lse
-    float* key_sums_;                 // [sub-block][D][LANES]
-    float* weighted_ = nullptr;       // [D / LANES][sub-block]
-    float* query_sums_ = nullptr;     // [rows][D]
+    float *lse_, *weight_;         // in units of log 2; d loss / d lse
+    float* key_sums_;              // [sub-block][D][LANES]
+    float* weighted_ = nullptr;    // [D / LANES][sub-block]
+    float* query_sums_ = nullptr;  // [rows][D]
 
     float *logits_, *pairs_, *row_, *other_, *gradient_, *unit_rows_, *staged_;
     typename Path::Weight* strip_;

@@ -1,7 +1,8 @@
 #pragma once
 // The three products of a contrastive loss over packed operands, in fp32 and in bfloat16.
 //
-// Keys are cut into groups of GROUP rows. For a block of LANES queries (a "sub-block") and one group:
+// Keys are cut into groups of GROUP rows. For a block of LANES queries (a "sub-block") and one
+// group:
 //   logits:      T [GROUP][LANES]  = K Q^T
 //   key sum:     A [D][LANES]     += K^T W      (W the weights, the tile's own output)
 //   query sum:   dK [GROUP][D]    += W Q        (over all sub-blocks of a row block)
@@ -96,17 +97,17 @@ struct FloatPath {
         for (int64_t k = 0; k < d; k += DEPTH) {
             const int steps = static_cast<int>(smaller(DEPTH, d - k));
             for (int r = 0; r < PANEL; r += PACK) {
-                const Operands o{keys + (row + r) * d + k * PACK, 0, queries + k * LANES, 0, 1,
-                                 PACK * d};
+                const Operands o{
+                    keys + (row + r) * d + k * PACK, 0, queries + k * LANES, 0, 1, PACK * d};
                 if (k == 0)
-                    product<FloatStep, 1, PACK, PACK, false>(o, steps, PACK, out + r * LANES, LANES);
+                    product<FloatStep, 1, PACK, PACK, false>(o, steps, PACK, out + r * LANES,
+                                                             LANES);
                 else
                     product<FloatStep, 1, PACK, PACK, true>(o, steps, PACK, out + r * LANES, LANES);
             }
         }
     }
-    static void key_sum(const float* keys, const float* weights, int rows, int64_t d,
-                        float* sum) {
+    static void key_sum(const float* keys, const float* weights, int rows, int64_t d, float* sum) {
         product<FloatStep, PACK, 1, 0, true>(
             {keys, PACK * d, weights, PACK * LANES, rows / PACK, 0}, PACK, static_cast<int>(d), sum,
             LANES);
@@ -115,8 +116,8 @@ struct FloatPath {
     static void query_sum(const float* weights, const float* weighted, int sub_blocks, int rows,
                           float* grad, int64_t stride) {
         product<FloatStep, LANES, 1, TILE_ROWS, true>(
-            {weights, GROUP * LANES, weighted, WEIGHTED_FLOATS, sub_blocks, TILE_ROWS * LANES}, LANES,
-            rows, grad, stride);
+            {weights, GROUP * LANES, weighted, WEIGHTED_FLOATS, sub_blocks, TILE_ROWS * LANES},
+            LANES, rows, grad, stride);
     }
 };
 
@@ -249,8 +250,7 @@ struct Bf16Path {
                                  static_cast<int>(round_up(d, 32) / 32), 0},
                                 16, PANEL, out, LANES);
     }
-    static void key_sum(const float* keys, const float* weights, int rows, int64_t d,
-                        float* sum) {
+    static void key_sum(const float* keys, const float* weights, int rows, int64_t d, float* sum) {
         const int64_t padded = round_up(d, 32);
         bf16_product<16, true>(
             {keys + rows * padded / 2, padded * 16, weights, 16 * LANES, rows / 32, 0}, 16,

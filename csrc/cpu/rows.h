@@ -49,8 +49,8 @@ inline uint16_t float_to_fp16(float x) {
     if (magnitude >= 0x477ff000) return sign | 0x7c00;
     if (magnitude < 0x38800000) {
         // Adding 0.5 aligns the significand to multiples of 2^-24, rounded to nearest even.
-        return static_cast<uint16_t>(
-            sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000));
+        return static_cast<uint16_t>(sign |
+                                     (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000));
     }
     return static_cast<uint16_t>(sign |
                                  ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13));
@@ -74,8 +74,9 @@ inline const float* widen(const Rows& rows, Dtype dtype, int64_t i, int64_t d, f
     int64_t x = 0;
 #if defined(__F16C__)
     for (; x + 8 <= d; x += 8)
-        _mm256_storeu_ps(buffer + x, _mm256_cvtph_ps(_mm_loadu_si128(
-                                         reinterpret_cast<const __m128i*>(half + x))));
+        _mm256_storeu_ps(
+            buffer + x,
+            _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half + x))));
 #endif
     for (; x < d; ++x) buffer[x] = fp16_to_float(half[x]);
     return buffer;

@@ -74,8 +74,7 @@ __attribute__((noinline)) void tile(const Operands& o, int inner, float* c,
             for (int r = 0; r < ROWS; ++r) {
                 const Vec value = keep_in_register(broadcast(a[r * ROW]));
 #pragma GCC unroll 8
-                for (int v = 0; v < VECTORS; ++v)
-                    sum[r][v] = Step::apply(value, row[v], sum[r][v]);
+                for (int v = 0; v < VECTORS; ++v) sum[r][v] = Step::apply(value, row[v], sum[r][v]);
             }
         }
     }

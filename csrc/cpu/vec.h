@@ -133,7 +133,8 @@ inline float max_lanes(Vec v) {
     float lanes[WIDTH];
     store(lanes, v);
     float highest = lanes[0];
-    for (int lane = 1; lane < WIDTH; ++lane) highest = lanes[lane] > highest ? lanes[lane] : highest;
+    for (int lane = 1; lane < WIDTH; ++lane)
+        highest = lanes[lane] > highest ? lanes[lane] : highest;
     return highest;
 }
 #endif

@@ -12,9 +12,9 @@ constexpr float LN2 = 0.69314718055994530942f;
 constexpr float LARGEST = 3.402823466e38f;
 
 // Rows' running maximum, and the sum of their exponentials relative to a reference. The reference
-// follows the maximum only when that has run SLACK ahead: what was accumulated hardly ever has to be
-// rescaled, and the exponentials of all groups of keys share one factor. It never leaves the finite
-// range, so that -inf and +inf logits give 0 and +inf instead of NaN.
+// follows the maximum only when that has run SLACK ahead: what was accumulated hardly ever has to
+// be rescaled, and the exponentials of all groups of keys share one factor. It never leaves the
+// finite range, so that -inf and +inf logits give 0 and +inf instead of NaN.
 struct Statistics {
     float* maximum;
     float* reference;
@@ -65,8 +65,7 @@ inline void exclude(const Exclusion& rule, const int64_t* lane_ids, const Block&
 }
 
 // bfloat16 products come unscaled.
-inline void scale_logits(const float* lane_scale, const float* key_scale, int rows,
-                         float* logits) {
+inline void scale_logits(const float* lane_scale, const float* key_scale, int rows, float* logits) {
     Vec scale[VECTORS];
     for (int v = 0; v < VECTORS; ++v) scale[v] = load(lane_scale + v * WIDTH);
     for (int row = 0; row < rows; ++row) {
@@ -78,9 +77,9 @@ inline void scale_logits(const float* lane_scale, const float* key_scale, int ro
     }
 }
 
-// One panel of logits into the statistics. Returns whether the reference moved; `correction` is then
-// the factor for all that was accumulated relative to the old one. With STORE the logits become
-// exponentials.
+// One panel of logits into the statistics. Returns whether the reference moved; `correction` is
+// then the factor for all that was accumulated relative to the old one. With STORE the logits
+// become exponentials.
 template <bool STORE>
 bool online_softmax(float* logits, int rows, const Statistics& statistics, float* correction) {
     Vec maximum[VECTORS], reference[VECTORS], sum[VECTORS];

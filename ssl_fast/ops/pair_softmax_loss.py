@@ -18,6 +18,7 @@ from ssl_fast.backends.reference import pair_softmax as reference
 from ssl_fast.ops.pair_softmax import (
     RULES,
     apart,
+    apply,
     differentiated_again,
     empty_like,
     empty_rows,
@@ -97,13 +98,14 @@ def _per_input(plan: _Plan, query: Tensor, made: Sequence[Tensor]) -> Sequence[T
 def _weigh(weight: Tensor, made: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The gradients that a fused loss made for its features and for scale, times ``weight`` []."""
     *grads, grad_scale = made
-    if weight.dtype is grads[0].dtype:
-        weighted = [grad * weight for grad in grads]
-    else:
-        # In fp32, which a scalar tensor wouldn't enforce: weight may be below fp16's smallest.
-        factor = weight.view(1)
-        weighted = [(grad * factor).to(grad.dtype) for grad in grads]
-    return *weighted, grad_scale.sum() * weight
+    return *(_weigh_one(weight, grad) for grad in grads), grad_scale.sum() * weight
+
+
+def _weigh_one(weight: Tensor, grad: Tensor) -> Tensor:
+    if weight.dtype is grad.dtype:
+        return grad * weight
+    # In fp32, which a scalar tensor wouldn't enforce: weight may be below fp16's smallest.
+    return (grad * weight.view(1)).to(grad.dtype)
 
 
 class _FusedLoss(Function):
@@ -144,6 +146,7 @@ class _FusedLoss(Function):
             return (None,) * 7
         *inputs, query_ids, key_ids = ctx.saved_tensors[:6]
         made = _per_input(ctx.plan, inputs[0], ctx.saved_tensors[6:])
+        needed = ctx.needs_input_grad[1:5]
         if ctx.plan.mean:
             # An empty batch has a mean of NaN and a gradient of 0, as in torch.
             weight = weight / max(made[-1].shape[0], 1)
@@ -154,11 +157,14 @@ class _FusedLoss(Function):
             if torch.compiler.is_compiling():
                 present = [x for x in inputs if x is not None]
                 weight = first_derivative_only(weight, present)
-            *found, grad_scale = _weigh(weight, made)
+            found = [
+                _weigh_one(weight, grad) if need else None
+                for grad, need in zip(made[:-1], needed, strict=False)
+            ]
+            grad_scale = made[-1].sum() * weight if needed[-1] else None
         if ctx.plan.symmetric:
             found.append(None)
         found.append(grad_scale)
-        needed = ctx.needs_input_grad[1:5]
         wanted = (grad if need else None for grad, need in zip(found, needed, strict=True))
         return None, *wanted, None, None
 
@@ -226,7 +232,7 @@ def pair_softmax_loss(
     if positive is not None:
         positive = apart(positive, query)
     key = apart(key, query, positive)
-    results = _FusedLoss.apply(plan, query, positive, key, scale, query_ids, key_ids)  # type: ignore[no-untyped-call]
+    results = apply(_FusedLoss, plan, query, positive, key, scale, query_ids, key_ids)
     return ContrastiveLoss(*results[:4])
 
 
@@ -245,5 +251,5 @@ def pair_softmax_symmetric_loss(
     """
     needs = (_wants(first) or _wants(scale), _wants(second), False)
     plan = _Plan(True, (), normalize, needs, mean, backend or "")
-    results = _FusedLoss.apply(plan, first, apart(second, first), None, scale, None, None)  # type: ignore[no-untyped-call]
+    results = apply(_FusedLoss, plan, first, apart(second, first), None, scale, None, None)
     return ContrastiveLoss(*results[:4])

@@ -7,6 +7,7 @@ reference's (backends/reference/pair_softmax.py).
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,12 +28,15 @@ __all__ = [
 
 # A smaller buffer spans no huge page.
 _HUGE_PAGE = 2 << 20
+# Up to this many bytes each thread keeps its workspace: fresh pages would cost a small loss (N = 256)
+# as much as its products.
+_KEPT = 2 << 20
+_thread = threading.local()
 
 
 def _rows(features: Tensor) -> Tensor:
     """The features with contiguous rows; any distance between them will do."""
-    if features.is_neg() or features.is_conj():
-        features = features.resolve_neg().resolve_conj()
+    features = features.resolve_neg()
     return features if features.stride(1) == 1 or features.shape[1] == 1 else features.contiguous()
 
 
@@ -45,7 +49,14 @@ def _pointer(vector: Tensor | None) -> int | None:
 
 
 def _run(prepared: Any) -> None:
-    workspace = torch.empty(prepared.workspace_bytes(), dtype=torch.uint8)
+    size = prepared.workspace_bytes()
+    if size > _KEPT:
+        workspace = torch.empty(size, dtype=torch.uint8)
+    else:
+        kept: Tensor | None = getattr(_thread, "workspace", None)
+        if kept is None:
+            kept = _thread.workspace = torch.empty(_KEPT, dtype=torch.uint8)
+        workspace = kept
     prepared.run(workspace.data_ptr())
 
 
