@@ -224,7 +224,7 @@ PYBIND11_MODULE(_native, module) {
     module.def("available_isas", [] { return names(available_isas()); });
     module.def("active_isa", [] { return std::string(active_isa().name); });
     module.def("set_isa", &set_isa, py::arg("name"));
-    module.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
+    module.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("size"));
     module.def("fma_peak", &fma_peak, py::arg("kind"), py::arg("threads"), py::arg("seconds"));
 #if defined(SSL_FAST_OPENMP)
     module.attr("threading") = "OpenMP";
