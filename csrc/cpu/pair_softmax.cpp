@@ -232,7 +232,8 @@ class Sweep {
         panel.key += row;
         panel.keys = static_cast<int>(smaller(Path::PANEL, b.keys - row));
         panel.rows = Path::PANEL;
-        float* tile = logits + row * LANES;
+        // Without gradients nobody reads the logits again: one panel's memory stays in L1 for all.
+        float* tile = strip_ || accumulate_ ? logits + row * LANES : logits;
         Path::logits(packed, own.packed, rows, row, c_.d, tile);
         if (Path::BF16) scale_logits(own.scale, keys_.scale + panel.key, panel.rows, tile);
         exclude(c_.exclusion, c_.exclusion.query_ids != nullptr ? own.ids : nullptr, panel, tile);

@@ -149,8 +149,9 @@ class SymmetricSweep {
     }
 
     // Calls use(panel, logits) for each panel of a group's logits against one sub-block of queries,
-    // exclusions applied, while the panel is in L1. Returns the group's rows.
-    template <class Use>
+    // exclusions applied, while the panel is in L1. Returns the group's rows. Without KEEP all panels
+    // use one panel's memory.
+    template <bool KEEP, class Use>
     int panels(int64_t sub, int64_t group, float* logits, Use use) const {
         const Block b = keys_.block(group);
         const int rows = static_cast<int>(round_up(b.keys, Path::PANEL));
@@ -163,7 +164,7 @@ class SymmetricSweep {
         for (int row = 0; row < rows; row += Path::PANEL) {
             panel.key = b.key + row;
             panel.keys = static_cast<int>(smaller(Path::PANEL, b.keys - row));
-            float* tile = logits + row * LANES;
+            float* tile = logits + (KEEP ? row * LANES : 0);
             Path::logits(packed, queries, rows, row, c_.d, tile);
             if (Path::BF16)
                 scale_logits(query_scale_ + panel.query, keys_.scale + panel.key, panel.rows, tile);
@@ -179,7 +180,7 @@ class SymmetricSweep {
         for (int64_t group = j * GROUPS; group < (j + 1) * GROUPS && group < keys_.groups();
              ++group)
             for (int64_t sub = i * SUBS; sub < (i + 1) * SUBS; ++sub)
-                panels(sub, group, logits_, [&](const Block& panel, float* tile) {
+                panels<false>(sub, group, logits_, [&](const Block& panel, float* tile) {
                     alignas(64) float correction[LANES];
                     if (i != j) column_softmax(tile, panel.keys, statistics_.at(panel.key));
                     online_softmax<false>(tile, panel.rows, statistics_.at(panel.query),
@@ -199,7 +200,7 @@ class SymmetricSweep {
             for (int64_t s = 0; s < SUBS; ++s) {
                 const int64_t sub = i * SUBS + s;
                 float* logits = logits_ + s * GROUP * LANES;
-                rows = panels(sub, group, logits, [&](const Block& panel, float* tile) {
+                rows = panels<true>(sub, group, logits, [&](const Block& panel, float* tile) {
                     given_weights(tile, panel.rows,
                                   {lse_ + panel.query, weight_ + panel.query, lse_ + panel.key,
                                    weight_ + panel.key});

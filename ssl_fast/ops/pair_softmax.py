@@ -111,16 +111,6 @@ def open_signature(forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def apply(function: type[Function], *inputs: Any) -> Any:
-    """``function.apply(*inputs)``, less its binding of default arguments where that may be spared.
-
-    The binding takes 20 µs, a tenth of a small loss; transforms and torch.compile rely on it.
-    """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*inputs)  # type: ignore[no-untyped-call]
-    return super(Function, function).apply(*inputs)  # type: ignore[misc]
-
-
 def differentiated_again() -> bool:
     """Whether a backward that runs now may itself be differentiated.
 
@@ -256,8 +246,8 @@ def pair_softmax(
     """
     key = apart(key, query)
     return PairSoftmax(
-        *apply(
-            _Sweep, query, key, query_scale.contiguous(), key_scale.contiguous(), query_ids,
-            key_ids, list(diagonals), columns, backend or "",
+        *_Sweep.apply(  # type: ignore[no-untyped-call]
+            query, key, query_scale.contiguous(), key_scale.contiguous(), query_ids, key_ids,
+            list(diagonals), columns, backend or "",
         )
     )  # fmt: skip
