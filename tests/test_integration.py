@@ -208,6 +208,28 @@ def test_func_grad(features, loss, backend):
     )
 
 
+def test_func_grad_inside_of_another_gradient(features, loss, backend):
+    """An inner transform sees no requires_grad on what only an outer one differentiates."""
+    query, key = (x.detach() for x in pair(features))
+
+    def outer(q):
+        grad, value = torch.func.grad_and_value(lambda k: loss(q * 1.0, k, backend=backend))(key)
+        return value + grad.square().sum()
+
+    leaf = query.clone().requires_grad_()
+    inner = key.clone().requires_grad_()
+    value = loss(leaf, inner, backend=backend)
+    (grad,) = torch.autograd.grad(value, inner, create_graph=True)
+    (expected,) = torch.autograd.grad(value + grad.square().sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(outer)(query), expected)
+
+    weight = torch.eye(query.shape[1], requires_grad=True)
+    torch.func.grad_and_value(lambda k: loss(query @ weight, k, backend=backend))(key)[1].backward()
+    plain = query.clone().requires_grad_()
+    loss(plain, key, backend=backend).backward()
+    torch.testing.assert_close(weight.grad, query.T @ plain.grad)
+
+
 def test_second_backward_gives_the_same_gradient(features, loss, backend):
     inputs = pair(features)
     total = 3.0 * loss(*inputs, backend=backend)

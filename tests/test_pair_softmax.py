@@ -249,3 +249,22 @@ def test_gradients_of_the_op_reach_only_what_asks(backend, features):
             assert (x.grad is None) is (e.grad is None), name
             if e.grad is not None:
                 assert_near(x.grad, e.grad, torch.float32, what=name)
+
+
+@pytest.mark.parametrize("wrong", ["width", "dtype", "scale", "half scale", "wide scale", "ids"])
+def test_native_reads_nothing_that_is_not_what_it_seems(features, wrong):
+    """The operators can be called without the public functions' checks, and read by address."""
+    query, key = features(6, 8), features(6, 8)
+    one, ids = torch.ones(6), None
+    arguments = {
+        "width": (query, key[:, :3].contiguous(), one, one),
+        "dtype": (query, key.bfloat16(), one, one),
+        "scale": (query, key, one[:2], one),
+        "half scale": (query, key, one.half(), one),
+        "wide scale": (query, key, one, one.double()),
+        "ids": (query, key, one, one),
+    }[wrong]
+    if wrong == "ids":
+        ids = torch.arange(6, dtype=torch.int32)
+    with pytest.raises(ValueError, match="must be a torch"):
+        pair_softmax(*arguments, query_ids=ids, key_ids=ids, backend="native")

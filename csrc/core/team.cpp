@@ -1,6 +1,7 @@
 #include "core/team.h"
 
 #include <atomic>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -60,16 +61,30 @@ void run_team(int threads, void (*body)(Team*, void*), void* context) {
         body(&team, context);
     }
 #else
+    // Nobody begins before all threads are there: a team that lacks a member would wait for it
+    // forever.
+    enum Gate { CLOSED, OPEN, CANCELLED };
+    std::atomic<int> gate{CLOSED};
     std::vector<std::thread> pool;
-    pool.reserve(threads - 1);
-    for (int rank = 1; rank < threads; ++rank)
-        pool.emplace_back([=, &shared] {
-            Team team{rank, threads, &shared};
-            body(&team, context);
-        });
-    Team team{0, threads, &shared};
-    body(&team, context);
+    try {
+        pool.reserve(threads - 1);
+        for (int rank = 1; rank < threads; ++rank)
+            pool.emplace_back([=, &shared, &gate] {
+                for (int spins = 0; gate.load(std::memory_order_acquire) == CLOSED; ++spins)
+                    relax(spins);
+                if (gate.load(std::memory_order_relaxed) == CANCELLED) return;
+                Team team{rank, threads, &shared};
+                body(&team, context);
+            });
+        gate.store(OPEN, std::memory_order_release);
+    } catch (const std::system_error&) {
+        gate.store(CANCELLED, std::memory_order_release);
+    }
+    const bool alone = gate.load(std::memory_order_relaxed) == CANCELLED;
+    Team team{0, alone ? 1 : threads, &shared};
+    if (!alone) body(&team, context);
     for (std::thread& thread : pool) thread.join();
+    if (alone) body(&team, context);
 #endif
 }
 

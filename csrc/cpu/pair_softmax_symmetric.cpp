@@ -149,8 +149,8 @@ class SymmetricSweep {
     }
 
     // Calls use(panel, logits) for each panel of a group's logits against one sub-block of queries,
-    // exclusions applied, while the panel is in L1. Returns the group's rows. Without KEEP all panels
-    // use one panel's memory.
+    // exclusions applied, while the panel is in L1. Returns the group's rows. Without KEEP all
+    // panels use one panel's memory.
     template <bool KEEP, class Use>
     int panels(int64_t sub, int64_t group, float* logits, Use use) const {
         const Block b = keys_.block(group);

@@ -242,7 +242,8 @@ def pair_softmax(
     """``torch.logsumexp(s, dim=1)`` and, with ``columns``, ``dim=0``, of the pairs kept.
 
     Differentiable in query, key and both scales, to any order. Scales are fp32 (float64 beside
-    float64 features), ids int64.
+    float64 features), ids int64. The compiled backends take a few diagonals (native 4, triton 3)
+    and raise ValueError for more.
     """
     key = apart(key, query)
     return PairSoftmax(

@@ -188,8 +188,8 @@ class _EagerLoss(Function):
 
 
 def _fused_loss(*inputs: Any) -> ContrastiveLoss:
-    watched = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    results: Any = (_FusedLoss if watched else _EagerLoss).apply(*inputs)  # type: ignore[no-untyped-call]
+    function = _FusedLoss if _watched() else _EagerLoss
+    results: Any = function.apply(*inputs)  # type: ignore[no-untyped-call]
     return ContrastiveLoss(*results[:4])
 
 
@@ -227,8 +227,18 @@ class _WeightedGradient(Function):
         return None, *found, *(None,) * (len(ctx.needs_input_grad) - 6)
 
 
+def _watched() -> bool:
+    """Whether a transform of torch.func or torch.compile looks on."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def _wants(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+    """Whether a gradient is asked for; a transform's inner tensor doesn't tell of outer ones."""
+    if tensor is None or not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling():
+        return tensor.requires_grad
+    return tensor.requires_grad or torch._C._are_functorch_transforms_active()
 
 
 def pair_softmax_loss(

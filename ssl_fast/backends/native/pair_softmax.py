@@ -32,6 +32,18 @@ _HUGE_PAGE = 2 << 20
 # (N = 256) as much as its products.
 _KEPT = 2 << 20
 _thread = threading.local()
+# What the kernels read beside features and ids, by length.
+_PER_ROW = frozenset(("query_scale", "row_lse", "row_grad"))
+_PER_KEY = frozenset(("key_scale", "column_lse", "column_grad"))
+
+
+def _check(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """What a kernel is about to read by its address is what it will take it for."""
+    if value.device.type != "cpu" or value.dtype is not dtype or value.shape != shape:
+        raise ValueError(
+            f"{name} must be a {dtype} tensor of shape {shape} on the CPU; got a {value.dtype} "
+            f"tensor of shape {tuple(value.shape)} on {value.device}"
+        )
 
 
 def _rows(features: Tensor) -> Tensor:
@@ -71,6 +83,19 @@ def _sweep(
     normalize: bool,
     **vectors: Tensor | None,
 ) -> None:
+    n, m, d = query.shape[0], key.shape[0], query.shape[1]
+    _check("query", query, (n, d), query.dtype)
+    _check("key", key, (m, d), query.dtype)
+    if positive is not None:
+        _check("positive", positive, (n, d), query.dtype)
+    for name, rows, given in (("query_ids", n, query_ids), ("key_ids", m, key_ids)):
+        if given is not None:
+            _check(name, given, (rows,), torch.int64)
+    for name, vector in vectors.items():
+        if vector is not None and name in _PER_ROW:
+            _check(name, vector, (n,), torch.float32)
+        elif vector is not None and name in _PER_KEY:
+            _check(name, vector, (m,), torch.float32)
     # Contiguous copies must outlive the call: they are held by these names.
     query, key = _rows(query), _rows(key)
     positive = None if positive is None else _rows(positive)
@@ -84,9 +109,9 @@ def _sweep(
         _native.pair_softmax(
             kind,
             DTYPES[query.dtype],
-            query.shape[0],
-            key.shape[0],
-            query.shape[1],
+            n,
+            m,
+            d,
             _address(query),
             _address(key),
             None if positive is None else _address(positive),
@@ -184,6 +209,7 @@ def pair_softmax_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss per row and the gradients of its sum, three products in one call."""
     n = query.shape[0]
+    _check("scale", scale, (), torch.float32)
     loss, row_lse, positive_logit, row_max = (_vector(n) for _ in range(4))
     need_positive = need_positive and positive is not None
     grad_query = _gradient(query, need_query)
@@ -208,12 +234,13 @@ def pair_softmax_symmetric_loss(
     need_features: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """NT-Xent on half of the tiles, two products in all. Only the sum of grad_scale is defined."""
+    n = features.shape[0]
+    _check("features", features, (n // 2 * 2, features.shape[1]), features.dtype)
+    _check("scale", scale, (), torch.float32)
     rows = _rows(features)
-    n = rows.shape[0]
     loss, row_lse, positive_logit, row_max = (_vector(n) for _ in range(4))
     grad_features = _gradient(features, need_features)
     grad_scale = _vector(n if need_features else 0)
-    scale = scale.contiguous()
     _run(
         _native.pair_softmax_symmetric(
             DTYPES[rows.dtype],
