@@ -49,7 +49,8 @@ bool has_avx512() {
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 
 // Intel's cores run vdpbf16ps at half the rate of an fp32 multiply-add (118 against 237 GFLOP/s on
-// one Sapphire Rapids core), so that widening wins; AMD's Zen 4 runs it at twice the rate.
+// one core of an Intel Xeon with AMX), so that widening wins; AMD's Zen 4 runs it at twice the
+// rate.
 bool fast_avx512_bf16() { return has_avx512_bf16() && __builtin_cpu_is("amd"); }
 
 #if defined(SSL_FAST_HAVE_AMX_BF16) && defined(__linux__)

@@ -28,8 +28,7 @@ __all__ = [
 
 # A smaller buffer spans no huge page.
 _HUGE_PAGE = 2 << 20
-# Up to this many bytes each thread keeps its workspace: fresh pages would cost a small loss
-# (N = 256) as much as its products.
+# Up to this many bytes each thread keeps its workspace: a small loss then touches no fresh pages.
 _KEPT = 2 << 20
 _thread = threading.local()
 # What the kernels read beside features and ids, by length.
