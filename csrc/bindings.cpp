@@ -90,22 +90,55 @@ class Prepared {
     const Kernels<Call>* kernels_;
 };
 
+Pass pass_of(const std::string& name) {
+    if (name == "forward") return Pass::forward;
+    if (name == "loss") return Pass::loss;
+    if (name == "backward") return Pass::backward;
+    throw std::invalid_argument("pass must be forward, loss or backward, got '" + name + "'");
+}
+
+// Fills a call's pointers from addresses by name; what is missing stays null.
+class Arrays {
+  public:
+    explicit Arrays(const py::dict& addresses) : addresses_(addresses) {}
+    template <class T>
+    void take(const char* name, T*& field) {
+        if (!addresses_.contains(name)) return;
+        field = pointer<T>(addresses_[name]);
+        ++taken_;
+    }
+    // An address that nothing asked for is a caller's mistake.
+    void finish() const {
+        if (taken_ != addresses_.size())
+            throw std::invalid_argument("arrays holds " + std::to_string(addresses_.size()) +
+                                        " names, of which this call knows " +
+                                        std::to_string(taken_));
+    }
+
+  private:
+    const py::dict& addresses_;
+    std::size_t taken_ = 0;
+};
+
+void take_common(Arrays& arrays, PairSoftmax& call) {
+    arrays.take("query_scale", call.query_scale);
+    arrays.take("key_scale", call.key_scale);
+    arrays.take("loss", call.loss);
+    arrays.take("grad_query", call.grad_query);
+    arrays.take("grad_key", call.grad_key);
+    arrays.take("grad_query_scale", call.grad_query_scale);
+    arrays.take("grad_key_scale", call.grad_key_scale);
+}
+
 Prepared<PairSoftmax> pair_softmax(const std::string& pass, int dtype, std::int64_t n,
                                    std::int64_t m, std::int64_t d, const py::object& query,
                                    const py::object& key, const py::object& positive,
                                    const std::vector<std::int64_t>& diagonals,
                                    const py::object& query_ids, const py::object& key_ids,
-                                   bool normalize, int threads, const py::dict& arrays) {
+                                   bool normalize, int threads, const py::dict& addresses) {
     check_sizes(n, m, d, dtype, threads);
     PairSoftmax call{};
-    if (pass == "forward")
-        call.pass = Pass::forward;
-    else if (pass == "loss")
-        call.pass = Pass::loss;
-    else if (pass == "backward")
-        call.pass = Pass::backward;
-    else
-        throw std::invalid_argument("pass must be forward, loss or backward, got '" + pass + "'");
+    call.pass = pass_of(pass);
     call.dtype = static_cast<Dtype>(dtype);
     call.n = n;
     call.m = m;
@@ -119,50 +152,85 @@ Prepared<PairSoftmax> pair_softmax(const std::string& pass, int dtype, std::int6
     if (call.pass == Pass::loss && call.positive.data == nullptr && m < n)
         throw std::invalid_argument("in-batch positives need m >= n, got " + std::to_string(m) +
                                     " and " + std::to_string(n));
-    const auto take = [&](const char* name, auto& field) {
-        using T = std::remove_pointer_t<std::remove_reference_t<decltype(field)>>;
-        if (arrays.contains(name)) field = pointer<T>(arrays[name]);
-    };
-    take("query_scale", call.query_scale);
-    take("key_scale", call.key_scale);
-    take("scale", call.scale);
-    take("row_lse", call.row_lse);
-    take("row_max", call.row_max);
-    take("loss", call.loss);
-    take("positive_logit", call.positive_logit);
-    take("row_grad", call.row_grad);
-    take("column_lse", call.column_lse);
-    take("column_grad", call.column_grad);
-    take("grad_query", call.grad_query);
-    take("grad_key", call.grad_key);
-    take("grad_positive", call.grad_positive);
-    take("grad_scale", call.grad_scale);
-    take("grad_query_scale", call.grad_query_scale);
-    take("grad_key_scale", call.grad_key_scale);
+    Arrays arrays(addresses);
+    take_common(arrays, call);
+    arrays.take("scale", call.scale);
+    arrays.take("row_lse", call.row_lse);
+    arrays.take("row_max", call.row_max);
+    arrays.take("column_lse", call.column_lse);
+    arrays.take("diagonal_logit", call.diagonal_logit);
+    arrays.take("expectation", call.expectation);
+    arrays.take("positive_logit", call.positive_logit);
+    arrays.take("row_grad", call.row_grad);
+    arrays.take("column_grad", call.column_grad);
+    arrays.take("diagonal_grad", call.diagonal_grad);
+    arrays.take("grad_positive", call.grad_positive);
+    arrays.take("grad_scale", call.grad_scale);
+    arrays.finish();
     return {call, active_isa().pair_softmax};
 }
 
-Prepared<PairSoftmaxSymmetric> pair_softmax_symmetric(
-    int dtype, std::int64_t pairs, std::int64_t d, const py::object& features,
-    const py::object& scale, bool normalize, int threads, const py::object& loss,
-    const py::object& row_lse, const py::object& positive_logit, const py::object& row_max,
-    const py::object& grad_features, const py::object& grad_scale) {
-    check_sizes(pairs, pairs, d, dtype, threads);
+Prepared<PairSoftmaxSymmetric> pair_softmax_symmetric(const std::string& pass, int dtype,
+                                                      std::int64_t n, std::int64_t d,
+                                                      std::int64_t pairs,
+                                                      const py::object& features, bool normalize,
+                                                      int threads, const py::dict& addresses) {
+    check_sizes(n, n, d, dtype, threads);
     PairSoftmaxSymmetric call{};
+    call.pass = pass_of(pass);
+    if (pairs != 0 && 2 * pairs != n)
+        throw std::invalid_argument("pairs must be 0 or half of the rows, got " +
+                                    std::to_string(pairs) + " of " + std::to_string(n));
+    if (call.pass == Pass::loss && 2 * pairs != n)
+        throw std::invalid_argument("a loss needs pairs, got none");
     call.dtype = static_cast<Dtype>(dtype);
-    call.pairs = pairs;
+    call.n = n;
     call.d = d;
+    call.pairs = pairs;
     call.features = rows(features);
-    call.scale = pointer<const float>(scale);
     call.normalize = normalize;
     call.threads = threads;
-    call.loss = pointer<float>(loss);
-    call.row_lse = pointer<float>(row_lse);
-    call.positive_logit = pointer<float>(positive_logit);
-    call.row_max = pointer<float>(row_max);
-    call.grad_features = pointer(grad_features);
-    call.grad_scale = pointer<float>(grad_scale);
+    Arrays arrays(addresses);
+    arrays.take("scale", call.scale);
+    arrays.take("row_scale", call.row_scale);
+    arrays.take("ids", call.ids);
+    arrays.take("row_lse", call.row_lse);
+    arrays.take("row_max", call.row_max);
+    arrays.take("loss", call.loss);
+    arrays.take("positive_logit", call.positive_logit);
+    arrays.take("row_grad", call.row_grad);
+    arrays.take("grad_features", call.grad_features);
+    arrays.take("grad_scale", call.grad_scale);
+    arrays.take("moment", call.moment);
+    arrays.finish();
     return {call, active_isa().pair_softmax_symmetric};
+}
+
+Prepared<PairSigmoid> pair_sigmoid(int dtype, std::int64_t n, std::int64_t m, std::int64_t d,
+                                   const py::object& query, const py::object& key,
+                                   const std::vector<std::int64_t>& positive_diagonals, int threads,
+                                   const py::dict& addresses) {
+    check_sizes(n, m, d, dtype, threads);
+    if (positive_diagonals.size() > 1)
+        throw std::invalid_argument("positive_diagonals holds at most 1 entry, got " +
+                                    std::to_string(positive_diagonals.size()));
+    PairSigmoid call{};
+    call.dtype = static_cast<Dtype>(dtype);
+    call.n = n;
+    call.m = m;
+    call.d = d;
+    call.query = rows(query);
+    call.key = rows(key);
+    call.exclusion = exclusion(positive_diagonals, py::none(), py::none());
+    call.threads = threads;
+    Arrays arrays(addresses);
+    take_common(arrays, call);
+    arrays.take("bias", call.bias);
+    arrays.take("row_weight", call.row_weight);
+    arrays.take("grad_bias", call.grad_bias);
+    arrays.finish();
+    call.pass = call.grad_bias == nullptr ? Pass::forward : Pass::backward;
+    return {call, active_isa().pair_sigmoid};
 }
 
 double fma_peak(const std::string& kind, int threads, double seconds) {
@@ -218,8 +286,10 @@ PYBIND11_MODULE(_native, module) {
     module.doc() = "CPU kernels of ssl_fast: addresses in, results written in place.";
     bind_prepared<PairSoftmax>(module, "PairSoftmax");
     bind_prepared<PairSoftmaxSymmetric>(module, "PairSoftmaxSymmetric");
+    bind_prepared<PairSigmoid>(module, "PairSigmoid");
     module.def("pair_softmax", &pair_softmax);
     module.def("pair_softmax_symmetric", &pair_softmax_symmetric);
+    module.def("pair_sigmoid", &pair_sigmoid);
     module.def("compiled_isas", [] { return names(compiled_isas()); });
     module.def("available_isas", [] { return names(available_isas()); });
     module.def("active_isa", [] { return std::string(active_isa().name); });

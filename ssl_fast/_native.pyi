@@ -14,6 +14,10 @@ class PairSoftmaxSymmetric:
     def workspace_bytes(self) -> int: ...
     def run(self, workspace: int) -> None: ...
 
+class PairSigmoid:
+    def workspace_bytes(self) -> int: ...
+    def run(self, workspace: int) -> None: ...
+
 def pair_softmax(
     kind: str,
     dtype: int,
@@ -32,21 +36,29 @@ def pair_softmax(
     /,
 ) -> PairSoftmax: ...
 def pair_softmax_symmetric(
+    kind: str,
     dtype: int,
-    pairs: int,
+    n: int,
     d: int,
+    pairs: int,
     features: _Rows,
-    scale: _Pointer,
     normalize: bool,
     threads: int,
-    loss: _Pointer,
-    row_lse: _Pointer,
-    positive_logit: _Pointer,
-    row_max: _Pointer,
-    grad_features: _Pointer,
-    grad_scale: _Pointer,
+    arrays: dict[str, int],
     /,
 ) -> PairSoftmaxSymmetric: ...
+def pair_sigmoid(
+    dtype: int,
+    n: int,
+    m: int,
+    d: int,
+    query: _Rows,
+    key: _Rows,
+    positive_diagonals: list[int],
+    threads: int,
+    arrays: dict[str, int],
+    /,
+) -> PairSigmoid: ...
 def compiled_isas() -> list[str]: ...
 def available_isas() -> list[str]: ...
 def active_isa() -> str: ...

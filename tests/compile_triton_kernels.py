@@ -26,9 +26,18 @@ FLAGS = {
     "weights": {"SIDES": 1, "ROW_MOMENT": False, "COLUMN_MOMENT": False},
     "weights_mirror": {"SIDES": 3, "ROW_MOMENT": True, "COLUMN_MOMENT": False},
     "weights_moments": {"SIDES": 2, "ROW_MOMENT": True, "COLUMN_MOMENT": True},
+    "weights_symmetric": {"SIDES": 2, "ROW_MOMENT": True, "COLUMN_MOMENT": False},
+    "weights_expectation": {"SIDES": 1, "ROW_MOMENT": False, "COLUMN_MOMENT": False},
+    "sigmoid_sweep": {},
+    "sigmoid_weights": {"HAS_WEIGHT": True},
 }
-# As many as the functions use them with: the symmetric loss excludes three, the others one.
-DIAGONALS = {"weights_mirror": 3}
+# The tuning table's op where it isn't the case's own.
+TUNED_AS = {
+    "sweep_triangle": "sweep_columns",
+    "weights_expectation": "weights",
+}
+# As many as the functions use them with: the symmetric gradients exclude three, the others one.
+DIAGONALS = {"weights_mirror": 3, "weights_symmetric": 3}
 
 
 _said: dict[str, str] = {}
@@ -64,11 +73,27 @@ def cases() -> list[Case]:
         found += [
             Case(op, "fp32", 128, target, precision="tf32x3") for op in ("sweep", "weights_moments")
         ]
+        found += [Case(f"sigmoid_{op}", "bf16", 128, target) for op in ("sweep", "weights")]
+        found += [
+            Case("sigmoid_sweep", "bf16", 768, target),
+            Case("sigmoid_weights", "fp16", 128, target),
+            Case("sigmoid_weights", "fp32", 128, target, precision="tf32x3"),
+        ]
+        found += [
+            Case(op, "bf16", 128, target, ids=True)
+            for op in ("sweep", "sweep_triangle", "weights_symmetric", "weights_moments")
+        ]
     found += [
         # a depth that is no multiple of anything, ids, the columns of a rectangle, TF32, no TF32
         Case("sweep", "bf16", 19, "sm_90"),
         Case("weights", "bf16", 19, "sm_90"),
-        Case("sweep", "bf16", 128, "sm_90", ids=True),
+        Case("sigmoid_weights", "bf16", 19, "sm_90"),
+        Case("sweep", "bf16", 768, "sm_90", ids=True),
+        Case("weights", "bf16", 128, "sm_90", ids=True),
+        *(Case("weights_expectation", "bf16", 128, f"sm_{x}", ids=True) for x in (90, 100)),
+        Case("sigmoid_sweep", "fp16", 128, "sm_90"),
+        Case("sigmoid_sweep", "fp32", 128, "sm_90", precision="tf32"),
+        *(Case(f"sigmoid_{op}", "bf16", 128, "gfx942") for op in ("sweep", "weights")),
         *(Case(op, "fp16", 128, "sm_90") for op in ("sweep", "weights", "weights_mirror")),
         Case("sweep_columns", "bf16", 128, "sm_90"),
         Case("sweep", "fp32", 128, "sm_90", precision="tf32"),
@@ -84,16 +109,15 @@ def pair_kernel(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
     """The kernel, its constants and its launch options for a case on pairs."""
     import triton
 
-    from ssl_fast.backends.triton import pair_softmax_kernels, tuning
+    from ssl_fast.backends.triton import pair_sigmoid_kernels, pair_softmax_kernels, tuning
 
     named = case.target.startswith("sm") and case.depth % 16 == 0
     architecture = case.target if named else "generic"
-    row = "sweep_columns" if case.op == "sweep_triangle" else case.op
-    config = tuning.lookup(row, DTYPES[case.dtype], case.depth, architecture)
+    row = TUNED_AS.get(case.op, case.op)
+    config = tuning.lookup(row, DTYPES[case.dtype], case.depth, architecture, ids=case.ids)
     block_depth = min(config.block_depth, max(16, triton.next_power_of_2(case.depth)))
     constants = {
         "DIAGONALS": DIAGONALS.get(case.op, 1),
-        "HAS_IDS": case.ids,
         "EVEN_DEPTH": case.depth % block_depth == 0,
         "PRECISION": case.precision,
         "BLOCK_ROWS": config.block_rows,
@@ -101,25 +125,29 @@ def pair_kernel(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
         "BLOCK_DEPTH": block_depth,
         **FLAGS[case.op],
     }
-    if case.op.startswith("sweep"):
-        kernel = pair_softmax_kernels.sweep_kernel
+    sigmoid = case.op.startswith("sigmoid_")
+    kernels = pair_sigmoid_kernels if sigmoid else pair_softmax_kernels
+    if not sigmoid:
+        constants["HAS_IDS"] = case.ids
+    if row.removeprefix("sigmoid_").startswith("sweep"):
+        kernel = kernels.sweep_kernel
         constants["RESIDENT"] = case.depth <= block_depth
     else:
-        kernel = pair_softmax_kernels.weights_kernel
-        constants["HAS_FACTORS"] = case.dtype == "fp16"
+        kernel = kernels.weights_kernel
+        constants["HAS_FACTORS"] = case.dtype == "fp16" or case.op == "weights_expectation"
     return kernel, constants, {"num_warps": config.warps, "num_stages": config.stages}
 
 
 def row_kernel(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
-    from ssl_fast.backends.triton import pair_softmax, row_kernels
+    from ssl_fast.backends.triton import row_kernels, rows
 
     constants: dict[str, Any] = {
-        "BLOCK_ROWS": pair_softmax.ROW_BLOCK,
-        "BLOCK_DEPTH": pair_softmax.DEPTH_BLOCK,
+        "BLOCK_ROWS": rows.ROW_BLOCK,
+        "BLOCK_DEPTH": rows.DEPTH_BLOCK,
     }
     if case.op == "finish_rows":
         flags = ("HAS_PRODUCT", "HAS_RESTORE", "HAS_OTHER", "PROJECT")
-        constants |= dict.fromkeys(flags, True)
+        constants |= dict.fromkeys(flags, True) | {"WRAP": False}
     return getattr(row_kernels, f"{case.op}_kernel"), constants, {}
 
 
@@ -128,7 +156,14 @@ def source(kernel: Any, constants: dict[str, Any], case: Case) -> Any:
     from triton.compiler import ASTSource
 
     features = ("query", "key", "strip", "left", "right", "other", "features", "gradient")
-    plain = ("row_begin", "row_end", "column_begin", "shift", *(f"diagonal_{i}" for i in range(3)))
+    plain = (
+        "row_begin",
+        "row_end",
+        "column_begin",
+        "shift",
+        "positive",
+        *(f"diagonal_{i}" for i in range(3)),
+    )
     sizes = ("column_end", "n_queries", "n_keys", "n_rows", "n_others", "depth", "strip_width")
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):

@@ -51,9 +51,9 @@ def dtype(request):
 def _exact_workspaces():
     """Under AddressSanitizer no thread keeps a workspace, which would hide an overrun."""
     if "asan" in os.environ.get("LD_PRELOAD", ""):
-        from ssl_fast.backends.native import pair_softmax
+        from ssl_fast.backends.native import arrays
 
-        pair_softmax._KEPT = 0
+        arrays._KEPT = 0
 
 
 @pytest.fixture

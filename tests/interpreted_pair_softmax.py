@@ -19,7 +19,16 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
 pytest.importorskip("triton")
 
-from triton_checks import arguments, check_loss, check_sweep, exact_loss, wide
+from triton_checks import (
+    IGNORED_ID,
+    arguments,
+    check_expectation,
+    check_loss,
+    check_sweep,
+    check_symmetric,
+    exact_loss,
+    wide,
+)
 
 from ssl_fast.backends.triton import pair_softmax as triton_backend
 
@@ -47,14 +56,60 @@ def test_sweep_in_sixteen_bits(features, shape, dtype, poisoned_memory):
 def test_only_what_is_needed(features, need):
     given = arguments(features, (20, 33, 5), "diagonals", torch.float32)
     check_sweep(given, torch.float32, columns=False)
-    row_lse, _, column_lse = triton_backend.pair_softmax(*given, True)
-    grads = [torch.ones(20), torch.ones(33)]
+    row_lse, _, column_lse, _ = triton_backend.pair_softmax(*given, True)
+    grads = [torch.ones(20), torch.ones(33), torch.ones(20)]
     full = triton_backend.pair_softmax_backward(*given, row_lse, column_lse, *grads, True, True)
     part = triton_backend.pair_softmax_backward(*given, row_lse, column_lse, *grads, *need)
     for asked, whole, some in zip(need, full[:2], part[:2], strict=True):
         assert torch.equal(some, whole) if asked else some.shape == (0,)
     assert torch.equal(full[2], part[2])
     assert torch.equal(full[3], part[3])
+
+
+@pytest.mark.parametrize("diagonal", [0, 3, -2, 49, -32, 50, -33], ids=str)
+def test_diagonal_in_and_out_of_the_pairs(features, diagonal, poisoned_memory):
+    given = arguments(features, (33, 50, 17), "ids", torch.float32)
+    check_sweep([*given[:-1], [diagonal, 1]], torch.float32)
+    check_sweep([*given[:-1], [diagonal]], torch.float32, columns=False)
+
+
+def test_diagonal_reads_its_own_pairs_alone(features):
+    """NaN in a key that no row has on the diagonal stays out of every other gradient."""
+    query, key = features(20, 8), features(30, 8)
+    key[25:] = torch.nan
+    ids = torch.arange(20), torch.arange(100, 130)
+    ids[1][25:] = IGNORED_ID
+    given = (query, key, torch.ones(20), torch.ones(30), *ids, [0])
+    row_lse, _, _, diagonal_logit = triton_backend.pair_softmax(*given, False)
+    assert row_lse.isfinite().all()
+    assert diagonal_logit.isfinite().all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_expectation(features, shape, rule, poisoned_memory):
+    check_expectation(arguments(features, shape, rule, torch.float32), torch.float32)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_expectation_in_sixteen_bits(features, shape, dtype, poisoned_memory):
+    check_expectation(arguments(features, shape, "both", dtype), dtype)
+
+
+@pytest.mark.parametrize("ids", [True, False], ids=["ids", "all"])
+@pytest.mark.parametrize(
+    ("n", "pairs"), [(1, 0), (2, 1), (16, 8), (33, 0), (54, 27), (50, 0)], ids=str
+)
+def test_symmetric(features, n, pairs, ids, dtype, poisoned_memory):
+    """Gradients of both signs come in, and some scales are 0."""
+    given = arguments(features, (n, n, 19), "ids", dtype)
+    check_symmetric(given[0], torch.tensor(3.0), given[2], given[4] if ids else None, pairs, dtype)
+
+
+def test_symmetric_with_scale_zero(features):
+    given = features(40, 8), torch.tensor(0.0), torch.rand(40)
+    check_symmetric(*given, None, 20, torch.float32)
 
 
 @pytest.mark.parametrize("normalize", [True, False], ids=["cosine", "dot"])

@@ -14,9 +14,17 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
 pytest.importorskip("triton")
 
-from triton_checks import arguments, check_loss, check_sweep, exact_loss, wide
+from triton_checks import (
+    IGNORED_ID,
+    arguments,
+    check_loss,
+    check_sweep,
+    check_symmetric,
+    exact_loss,
+    wide,
+)
 
-from ssl_fast.backends.triton import device, pair_softmax_strips, pair_softmax_sweep
+from ssl_fast.backends.triton import device, launch, pair_softmax_sweep, strips
 from ssl_fast.backends.triton import pair_softmax as triton_backend
 
 # numpy warns where a GPU says nothing: log(0) and inf - inf are results here
@@ -29,25 +37,27 @@ def test_cutting_changes_nothing(features, monkeypatch):
     """One split, one strip and one table of columns, or many: the same sums in another order."""
     given = arguments(features, (40, 140, 5), "both", torch.float32)
     rows = features(70, 5)
+    symmetric = rows, torch.tensor(4.0), torch.rand(70), torch.arange(70) % 9, 35
     whole = check_sweep(given, torch.float32)
     whole_loss = triton_backend.pair_softmax_symmetric_loss(rows, torch.tensor(4.0), True, True)
-    monkeypatch.setattr(pair_softmax_sweep, "TILES_PER_SPLIT", 1)
-    monkeypatch.setattr(pair_softmax_sweep, "processor_count", lambda _: 16)
+    whole_symmetric = check_symmetric(*symmetric, torch.float32)
+    monkeypatch.setattr(launch, "TILES_PER_SPLIT", 1)
+    monkeypatch.setattr(launch, "processor_count", lambda _: 16)
     monkeypatch.setattr(pair_softmax_sweep, "COLUMN_TABLE_BYTES", 2 * 8 * 140)
-    monkeypatch.setattr(pair_softmax_strips, "STRIP_BYTES", 4 * 128 * 33)
-    monkeypatch.setattr(pair_softmax_strips, "STRIP_ROWS", 33)
+    monkeypatch.setattr(strips, "STRIP_BYTES", 4 * 128 * 33)
+    monkeypatch.setattr(strips, "STRIP_ROWS", 33)
     cut = check_sweep(given, torch.float32)
     cut_loss = triton_backend.pair_softmax_symmetric_loss(rows, torch.tensor(4.0), True, True)
-    for a, b in zip((*whole, *whole_loss), (*cut, *cut_loss), strict=True):
+    cut_symmetric = check_symmetric(*symmetric, torch.float32)
+    before, after = (*whole, *whole_loss, *whole_symmetric), (*cut, *cut_loss, *cut_symmetric)
+    for a, b in zip(before, after, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=3e-5)
 
 
 def test_strips_keep_to_their_bound():
     for n, m, size in [(100, 100, 4), (10**6, 10**6, 2), (10**5, 10**7, 2), (5, 10**9, 4)]:
-        tall, wide_ = pair_softmax_strips._strip_shape(n, m, size)
-        assert tall * min(m, wide_) * size <= max(
-            pair_softmax_strips.STRIP_BYTES * 1.13, 128 * 128 * size
-        )
+        tall, wide_ = strips._strip_shape(n, m, size)
+        assert tall * min(m, wide_) * size <= max(strips.STRIP_BYTES * 1.13, 128 * 128 * size)
         assert 0 < tall <= n
         assert wide_ == m or wide_ % 128 == 0
 
@@ -57,15 +67,19 @@ def test_empty(features, shape):
     n, m, d = shape
     query, key = features(n, d), features(m, d)
     given = (query, key, torch.ones(n), torch.ones(m), None, None, [0])
-    row_lse, row_max, column_lse = triton_backend.pair_softmax(*given, True)
+    row_lse, row_max, column_lse, diagonal_logit = triton_backend.pair_softmax(*given, True)
+    assert torch.equal(diagonal_logit, torch.zeros(n))
     assert torch.equal(row_lse, torch.full((n,), -torch.inf))
     assert torch.equal(row_max, row_lse)
     assert torch.equal(column_lse, torch.full((m,), -torch.inf))
     gradients = triton_backend.pair_softmax_backward(
-        *given, row_lse, column_lse, torch.ones(n), torch.ones(m), True, True
+        *given, row_lse, column_lse, torch.ones(n), torch.ones(m), torch.ones(n), True, True
     )
     for x, size in zip(gradients, [(n, d), (m, d), (n,), (m,)], strict=True):
         assert torch.equal(x, torch.zeros(size))
+    row_lse, _, _, expectation = triton_backend.pair_softmax_expectation(*given)
+    assert torch.equal(row_lse, torch.full((n,), -torch.inf))
+    assert torch.equal(expectation, torch.zeros(n, d))
     positive = features(n, d)
     out = triton_backend.pair_softmax_loss(
         query, positive, key, torch.tensor(3.0), None, None, [], True, True, True, True
@@ -75,6 +89,27 @@ def test_empty(features, shape):
     assert [x.shape for x in out[4:7]] == [(n, d), (n, d), (m, d)]
     out = triton_backend.pair_softmax_symmetric_loss(features(0, d), torch.tensor(3.0), True, True)
     assert [x.numel() for x in out] == [0] * 6
+    symmetric = features(0, d), torch.tensor(3.0), torch.ones(0), None, 0
+    lse, _ = triton_backend.pair_softmax_symmetric(*symmetric)
+    out = triton_backend.pair_softmax_symmetric_backward(*symmetric, lse, lse)
+    assert [x.shape for x in out] == [(0, d), (0,)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_every_row_ignored(features, dtype):
+    """No row has a softmax: -inf, and no gradient."""
+    rows, ids = features(20, 6, dtype=dtype), torch.full((20,), IGNORED_ID)
+    given = (rows, rows, torch.ones(20), torch.ones(20), ids, torch.arange(20), [])
+    row_lse, row_max, column_lse, _ = triton_backend.pair_softmax(*given, True)
+    for x in (row_lse, row_max, column_lse):
+        assert torch.equal(x, torch.full((20,), -torch.inf))
+    ones = torch.ones(20)
+    out = triton_backend.pair_softmax_backward(
+        *given, row_lse, column_lse, ones, ones, None, True, True
+    )
+    assert not any(x.any() for x in out)
+    assert not triton_backend.pair_softmax_expectation(*given)[3].any()
+    check_symmetric(rows, torch.tensor(2.0), ones, ids, 10, dtype)
 
 
 def test_rows_without_negatives(features):
@@ -180,12 +215,12 @@ def test_half_has_the_range_for_any_norm(features):
 def test_half_has_the_range_for_any_incoming_gradient(features, factor):
     """A loss scaled up or down arrives in row_grad; fp32 shows the gradient that fp16 could not."""
     given = arguments(features, (20, 30, 8), "none", torch.float16)
-    row_lse, _, _ = triton_backend.pair_softmax(*given, False)
+    row_lse, *_ = triton_backend.pair_softmax(*given, False)
     gradients = triton_backend.pair_softmax_backward(
-        *given, row_lse, None, torch.full((20,), factor), None, True, True
+        *given, row_lse, None, torch.full((20,), factor), None, None, True, True
     )
     plain = triton_backend.pair_softmax_backward(
-        *given, row_lse, None, torch.ones(20), None, True, True
+        *given, row_lse, None, torch.ones(20), None, None, True, True
     )
     for x, one in zip(gradients[2:], plain[2:], strict=True):
         torch.testing.assert_close(x / factor, one, rtol=1e-5, atol=1e-6)
@@ -213,7 +248,7 @@ def test_nan_and_infinity_propagate(features):
     query[2, 3] = torch.nan
     query[4, 1] = torch.inf
     given = (query, key, torch.ones(20), torch.ones(33), None, None, [])
-    row_lse, row_max, column_lse = triton_backend.pair_softmax(*given, True)
+    row_lse, row_max, column_lse, _ = triton_backend.pair_softmax(*given, True)
     expected = (query @ key.T).logsumexp(1)
     assert torch.equal(row_lse.isfinite(), expected.isfinite())
     assert row_lse[2].isnan()
@@ -254,6 +289,7 @@ def test_too_many_diagonals(features):
 def test_serves_cpu_tensors_here():
     from ssl_fast.backends import dispatch
 
-    choice = dispatch.resolve("pair_softmax", "cpu", torch.float32, (4, 4, 4), "triton")
-    assert choice.name == "triton"
+    for op in ("pair_softmax", "pair_sigmoid"):
+        choice = dispatch.resolve(op, "cpu", torch.float32, (4, 4, 4), "triton")
+        assert choice.name == "triton"
     assert device.config_for("sweep", torch.zeros(4, 4)).block_rows == 16

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+IGNORED_ID = -(2**63)
+
 
 def info_nce(
     query,
@@ -48,8 +50,30 @@ def pair_softmax(query, key, query_scale, key_scale, query_ids, key_ids, diagona
     for diagonal in diagonals:
         logits = logits.masked_fill(columns - rows[:, None] == diagonal, -torch.inf)
     if query_ids is not None:
-        logits = logits.masked_fill(query_ids[:, None] == key_ids, -torch.inf)
+        ignored = (query_ids[:, None] == IGNORED_ID) | (key_ids == IGNORED_ID)
+        logits = logits.masked_fill((query_ids[:, None] == key_ids) | ignored, -torch.inf)
     return logits.logsumexp(dim=1), logits.logsumexp(dim=0)
+
+
+def diagonal_logit(query, key, query_scale, key_scale, diagonal):
+    """The logits at j = i + diagonal in the features' dtype, 0 where there is no such key."""
+    rows = torch.arange(len(query))
+    exists = (rows + diagonal >= 0) & (rows + diagonal < len(key))
+    rows = rows[exists]
+    columns = rows + diagonal
+    scales = (query_scale[rows] * key_scale[columns]).to(query.dtype)
+    logits = (query[rows] * key[columns]).sum(dim=1) * scales
+    return logits.new_zeros(len(query)).index_put((rows,), logits)
+
+
+def pair_sigmoid(query, key, query_scale, key_scale, bias, positive_diagonal):
+    """The loss of each row from logits in the features' dtype."""
+    logits = (query @ key.T) * (query_scale[:, None] * key_scale).to(query.dtype)
+    logits = logits + bias.to(query.dtype)
+    if positive_diagonal is not None:
+        steps = torch.arange(len(key)) - torch.arange(len(query))[:, None]
+        logits = torch.where(steps == positive_diagonal, -logits, logits)
+    return F.softplus(logits).sum(dim=1)
 
 
 def gradients(function, inputs, weights):

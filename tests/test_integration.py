@@ -30,6 +30,26 @@ LOSSES = {
     "nt_xent rows": lambda q, k, **o: ssl_fast.nt_xent(q, k, reduction="none", **o).mean(),
     "same tensor": lambda q, k, **o: ssl_fast.info_nce(q, q, k, **o),
     "stats": times_lse,
+    "clip": lambda q, k, **o: ssl_fast.clip_loss(q, k, 5.0, normalize=True, **o),
+    "siglip": lambda q, k, **o: ssl_fast.siglip_loss(q, k, 5.0, -2.0, normalize=True, **o),
+    "siglip rows": lambda q, k, **o: ssl_fast.siglip_loss(
+        q, k, 5.0, -2.0, reduction="none", **o
+    ).square().mean(),
+    "sup_con": lambda q, k, **o: ssl_fast.sup_con(
+        torch.stack([q, k], 1), torch.arange(len(q)) // 2, **o
+    ),
+    "options": lambda q, k, **o: ssl_fast.nt_xent(
+        q, k, query_ids=torch.arange(len(q)) // 2, ignore=torch.arange(len(q)) == 1,
+        label_smoothing=0.1, margin=0.1, hard_negative_beta=0.5, **o,
+    ),
+    "decoupled": lambda q, k, **o: ssl_fast.info_nce(
+        q, k, query_ids=torch.arange(len(q)) // 2, row_weight=torch.arange(1.0, len(q) + 1.0),
+        decoupled=True, **o,
+    ),
+    "queue": lambda q, k, **o: ssl_fast.info_nce(q, k, k.detach() * 0.5 + 0.1, **o),
+    "queue rows": lambda q, k, **o: ssl_fast.info_nce(
+        q, k, k.detach() * 0.5 + 0.1, reduction="none", **o
+    ).mean(),
 }  # fmt: skip
 
 
@@ -49,14 +69,16 @@ def op_calls(features, dtype, backend):
     ids = [torch.arange(5), torch.arange(7)]
     scale = torch.tensor(3.0)
     grads = [torch.randn(5), torch.randn(7)]
-    lse, _, column_lse = torch.ops.ssl_fast.pair_softmax(
+    lse, _, column_lse, _ = torch.ops.ssl_fast.pair_softmax(
         query, key, *scales, None, None, [0], True, backend=backend
     )
     for columns in (True, False):
         yield "pair_softmax", (query, key, *scales, *ids, [0, 2], columns)
-    saved = (lse, column_lse, *grads)
+    for diagonals in ([], [1]):
+        yield "pair_softmax_expectation", (query, key, *scales, *ids, diagonals)
+    saved = (lse, column_lse, *grads, grads[0])
     yield "pair_softmax_backward", (query, key, *scales, None, None, [0], *saved, True, True)
-    saved = (lse, None, grads[0], None)
+    saved = (lse, None, grads[0], None, None)
     yield "pair_softmax_backward", (query, key, *scales, *ids, [], *saved, False, True)
     for given, needs in ((positive, (True, True, True)), (None, (True, False, True))):
         arguments = (query, given, key, scale, None, None, [0], True)
@@ -64,6 +86,16 @@ def op_calls(features, dtype, backend):
         yield "pair_softmax_loss", (*arguments, False, False, False)
     for need in (True, False):
         yield "pair_softmax_symmetric_loss", (query[:4], scale, True, need)
+    for arguments in (
+        (query, scale, scales[0], ids[0], 0),
+        (query[:4], scale, scales[0][:4], None, 2),
+    ):
+        yield "pair_softmax_symmetric", arguments
+        rows = torch.rand(len(arguments[0]))
+        yield "pair_softmax_symmetric_backward", (*arguments, rows + 3.0, rows)
+    for weight, needs in ((None, (False, False)), (grads[0], (True, False)), (None, (True, True))):
+        for diagonal in (None, 1):
+            yield "pair_sigmoid", (query, key, *scales, scale, weight, diagonal, *needs)
 
 
 def test_opcheck(features, dtype, backend):

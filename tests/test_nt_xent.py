@@ -182,9 +182,12 @@ def test_bad_arguments(wrong, error, message):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"memory_bank_size": 4096}, "memory_bank_size must be 0.*got 4096"),
-        ({"memory_bank_size": (4096, 128)}, "memory_bank_size must be 0"),
-        ({"gather_distributed": True}, "gather_distributed must be False"),
+        ({"memory_bank_size": -1}, "memory_bank_size must be a number of rows, 0 for none.*got -1"),
+        ({"memory_bank_size": (64, 8, 2)}, "memory_bank_size must be a number of rows"),
+        ({"memory_bank_size": None}, "memory_bank_size must be a number of rows.*got None"),
+        ({"memory_bank_size": 64.0}, "memory_bank_size must be a number of rows.*got 64.0"),
+        ({"memory_bank_size": 8, "gather_distributed": True}, "gather_distributed must be False"),
+        ({"label_smoothing": 1.0}, "label_smoothing must be in"),
         ({"temperature": -1.0}, "temperature must be greater than 0"),
         ({"reduction": "max"}, "reduction must be one of"),
     ],

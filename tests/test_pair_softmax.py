@@ -8,11 +8,14 @@ import plain as plainly
 import pytest
 import torch
 from conftest import thread_counts
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tolerances import assert_near
 
 from ssl_fast.backends import dispatch
 from ssl_fast.backends.reference import pair_softmax as reference
-from ssl_fast.ops.pair_softmax import pair_softmax
+from ssl_fast.backends.reference import pairs
+from ssl_fast.ops.pair_softmax import IGNORED_ID, pair_softmax
 
 # Around the widths of registers, tiles and blocks, and far below them. (N, M, D)
 SHAPES = [
@@ -21,6 +24,8 @@ SHAPES = [
     (1, 300, 130), (300, 1, 2), (64, 512, 16),
 ]  # fmt: skip
 RULES = ["none", "diagonals", "ids", "both"]
+NAMES = ("row_lse", "row_max", "column_lse", "diagonal_logit")
+GRADIENTS = ("grad_query", "grad_key", "grad_query_scale", "grad_key_scale")
 
 
 def sweep_arguments(features, shape, rule, dtype=torch.float32):
@@ -31,6 +36,8 @@ def sweep_arguments(features, shape, rule, dtype=torch.float32):
     for scale in scales:
         scale[1::7] = 0.0  # what a zero row under normalisation gives
     ids = [torch.randint(-3, 4, (size,), generator=generator) for size in (n, m)]
+    for some in ids:
+        some[2::5] = IGNORED_ID
     query_ids, key_ids = ids if rule in ("ids", "both") else (None, None)
     diagonals = [0, 2, -3, m + n] if rule in ("diagonals", "both") else []
     query, key = features(n, d, dtype=dtype), features(m, d, dtype=dtype)
@@ -55,12 +62,13 @@ def test_forward(backend, features, shape, rule, dtype):
     exact = reference.pair_softmax(*widened(arguments), True)
     plain = reference.pair_softmax(*arguments, True)
     out = module(backend).pair_softmax(*arguments, True)
-    for name, x, e, p in zip(("row_lse", "row_max", "column_lse"), out, exact, plain, strict=True):
+    for name, x, e, p in zip(NAMES, out, exact, plain, strict=True):
         assert x.dtype is torch.float32
         assert_near(x, e, torch.float32, plain=p, what=name)
     without_columns = module(backend).pair_softmax(*arguments, False)
     assert without_columns[2].shape == (0,)
-    assert torch.equal(without_columns[0], out[0])
+    assert_near(without_columns[0], exact[0], torch.float32, plain=plain[0])
+    torch.testing.assert_close(without_columns[3], out[3])
 
 
 @pytest.mark.parametrize("columns", [False, True])
@@ -69,20 +77,27 @@ def test_forward(backend, features, shape, rule, dtype):
 def test_backward(backend, features, shape, rule, columns, dtype):
     arguments = sweep_arguments(features, shape, rule, dtype)
     wide = widened(arguments)
-    row_lse, _, column_lse = reference.pair_softmax(*wide, True)
+    row_lse, _, column_lse, logit = reference.pair_softmax(*wide, True)
     row_grad, column_grad = torch.randn_like(row_lse), torch.randn_like(column_lse)
+    diagonal_grad = torch.randn_like(logit) if arguments[6] else None
     if not columns:
         column_lse = column_grad = None
-    saved = (row_lse, column_lse, row_grad, column_grad)
+    saved = (row_lse, column_lse, row_grad, column_grad, diagonal_grad)
     exact = reference.pair_softmax_backward(*wide, *saved, True, True)
     narrow = [None if x is None else x.float() for x in saved]
     weights = [row_grad.float()] + ([column_grad.float()] if columns else [])
-    plain = plainly.gradients(
-        lambda *inputs: plainly.pair_softmax(*inputs, *arguments[4:]), arguments[:4], weights
-    )
+    weights += [] if diagonal_grad is None else [diagonal_grad.float()]
+
+    def results(*inputs):
+        row, column = plainly.pair_softmax(*inputs, *arguments[4:])
+        found = (row, column) if columns else (row,)
+        if diagonal_grad is not None:
+            found += (plainly.diagonal_logit(*inputs, arguments[6][0]),)
+        return found
+
+    plain = plainly.gradients(results, arguments[:4], weights)
     out = module(backend).pair_softmax_backward(*arguments, *narrow, True, True)
-    names = ("grad_query", "grad_key", "grad_query_scale", "grad_key_scale")
-    for name, x, e, p in zip(names, out, exact, plain, strict=True):
+    for name, x, e, p in zip(GRADIENTS, out, exact, plain, strict=True):
         assert x.dtype is (torch.float32 if "scale" in name else dtype)
         assert_near(x, e, dtype, plain=p, what=name)
 
@@ -91,7 +106,7 @@ def test_backward(backend, features, shape, rule, columns, dtype):
 def test_backward_makes_what_is_needed(backend, features, needs):
     arguments = sweep_arguments(features, (13, 33, 31), "both")
     row_lse = module(backend).pair_softmax(*arguments, False)[0]
-    saved = (row_lse, None, torch.ones_like(row_lse), None)
+    saved = (row_lse, None, torch.ones_like(row_lse), None, torch.ones_like(row_lse))
     whole = module(backend).pair_softmax_backward(*arguments, *saved, True, True)
     out = module(backend).pair_softmax_backward(*arguments, *saved, *needs)
     for grad, expected, need in zip(out[:2], whole[:2], needs, strict=True):
@@ -105,40 +120,44 @@ def test_reference_backward_is_the_derivative_of_its_forward(features):
     arguments = widened(sweep_arguments(features, (7, 9, 4), "both"))
     arguments[2:4] = [scale + 0.1 for scale in arguments[2:4]]
     inputs = [x.requires_grad_() for x in arguments[:4]]
-    row_lse, _, column_lse = reference.pair_softmax(*arguments, True)
-    row_grad, column_grad = torch.randn_like(row_lse), torch.randn_like(column_lse)
-    total = (row_grad * row_lse).sum() + (column_grad * column_lse).sum()
+    row_lse, _, column_lse, logit = reference.pair_softmax(*arguments, True)
+    grads = [torch.randn_like(x) for x in (row_lse, column_lse, logit)]
+    total = sum((g * x).sum() for g, x in zip(grads, (row_lse, column_lse, logit), strict=True))
     expected = torch.autograd.grad(total, inputs)
-    found = reference.pair_softmax_backward(
-        *arguments, row_lse, column_lse, row_grad, column_grad, True, True
-    )
+    found = reference.pair_softmax_backward(*arguments, row_lse, column_lse, *grads, True, True)
     torch.testing.assert_close(found, expected)
 
 
 def test_reference_does_not_depend_on_its_chunks(features, monkeypatch):
     arguments = widened(sweep_arguments(features, (31, 97, 33), "both"))
     whole = reference.pair_softmax(*arguments, True)
-    saved = (whole[0], whole[2], torch.ones(31).double(), torch.ones(97).double())
+    ones = torch.ones(97).double()
+    saved = (whole[0], whole[2], ones[:31], ones, ones[:31])
     gradients = reference.pair_softmax_backward(*arguments, *saved, True, True)
-    monkeypatch.setattr(reference, "CHUNK_BYTES", 5 * 97 * 8)
+    expected_keys = reference.pair_softmax_expectation(*arguments)
+    monkeypatch.setattr(pairs, "CHUNK_BYTES", 5 * 97 * 8)
     torch.testing.assert_close(reference.pair_softmax(*arguments, True), whole)
     chunked = reference.pair_softmax_backward(*arguments, *saved, True, True)
     torch.testing.assert_close(chunked, gradients)
+    torch.testing.assert_close(reference.pair_softmax_expectation(*arguments), expected_keys)
 
 
 def test_rows_that_keep_nothing(backend, features, dtype):
     arguments = sweep_arguments(features, (33, 40, 8), "none", dtype)
     arguments[4:6] = [torch.arange(33) % 2, torch.zeros(40, dtype=torch.int64)]
-    row_lse, row_max, column_lse = module(backend).pair_softmax(*arguments, True)
+    row_lse, row_max, column_lse, _ = module(backend).pair_softmax(*arguments, True)
     empty = torch.arange(33) % 2 == 0
     assert torch.all(row_lse[empty] == -torch.inf)
     assert torch.all(row_max[empty] == -torch.inf)
     assert torch.isfinite(row_lse[~empty]).all()
     grads = module(backend).pair_softmax_backward(
-        *arguments, row_lse, column_lse, torch.ones(33), torch.ones(40), True, True
+        *arguments, row_lse, column_lse, torch.ones(33), torch.ones(40), None, True, True
     )
     assert all(torch.isfinite(grad).all() for grad in grads)
     assert torch.all(grads[0][empty] == 0.0)
+    lse, *_, expectation = module(backend).pair_softmax_expectation(*arguments)
+    assert torch.all(lse[empty] == -torch.inf)
+    assert torch.all(expectation[empty] == 0.0)
 
 
 def strided_views(x):
@@ -162,7 +181,7 @@ def test_layouts(backend, features, shape, dtype):
     for other_query, other_key in zip(strided_views(query), strided_views(key), strict=True):
         out = module(backend).pair_softmax(other_query, other_key, *spread, diagonals, True)
         torch.testing.assert_close(out, expected)
-        saved = (expected[0], expected[2], torch.ones(shape[0]), torch.ones(shape[1]))
+        saved = (expected[0], expected[2], *(torch.ones(size) for size in (*shape[:2], shape[0])))
         torch.testing.assert_close(
             module(backend).pair_softmax_backward(
                 other_query, other_key, *spread, diagonals, *saved, True, True
@@ -188,18 +207,22 @@ def test_not_finite_features_propagate(backend, features, value):
         arguments[0 if in_query else 1][5, 3] = value
         expected = reference.pair_softmax(*arguments, True)
         out = module(backend).pair_softmax(*arguments, True)
-        for name, x, e in zip(("row_lse", "row_max", "column_lse"), out, expected, strict=True):
+        for name, x, e in zip(NAMES, out, expected, strict=True):
             assert_near(x, e.double(), torch.float32, what=name)
+        *_, expectation = module(backend).pair_softmax_expectation(*arguments)
+        *_, exact = reference.pair_softmax_expectation(*arguments)
+        assert torch.equal(torch.isfinite(expectation), torch.isfinite(exact))
 
 
 @pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_output_is_written(backend, features, shape, dtype):
     arguments = sweep_arguments(features, shape, "both", dtype)
-    row_lse, row_max, column_lse = module(backend).pair_softmax(*arguments, True)
-    saved = (row_lse, column_lse, torch.ones(shape[0]), torch.ones(shape[1]))
+    out = module(backend).pair_softmax(*arguments, True)
+    saved = (out[0], out[2], *(torch.ones(size) for size in (*shape[:2], shape[0])))
     grads = module(backend).pair_softmax_backward(*arguments, *saved, True, True)
-    for result in (row_lse, row_max, column_lse, *grads):
+    expected_keys = module(backend).pair_softmax_expectation(*arguments)
+    for result in (*out, *grads, *expected_keys):
         assert not torch.isnan(result).any()
 
 
@@ -208,10 +231,10 @@ def test_bits_do_not_depend_on_threads_or_repetition(features, dtype, backend):
     results = []
     for threads in thread_counts(backend):
         torch.set_num_threads(threads)
-        row_lse, row_max, column_lse = module(backend).pair_softmax(*arguments, True)
-        saved = (row_lse, column_lse, torch.ones(300), torch.ones(513))
+        out = module(backend).pair_softmax(*arguments, True)
+        saved = (out[0], out[2], torch.ones(300), torch.ones(513), torch.ones(300))
         grads = module(backend).pair_softmax_backward(*arguments, *saved, True, True)
-        results.append((row_lse, row_max, column_lse, *grads))
+        results.append((*out, *grads, *module(backend).pair_softmax_expectation(*arguments)))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -225,7 +248,7 @@ def test_gradients_of_the_op(features):
         found = pair_softmax(
             *values, query_ids=ids[0], key_ids=ids[1], diagonals=[0, -1], columns=True
         )
-        return found.row_lse, found.column_lse
+        return found.row_lse, found.column_lse, found.diagonal_logit
 
     assert torch.autograd.gradcheck(lse, inputs)
     assert torch.autograd.gradgradcheck(lse, inputs)
@@ -249,6 +272,99 @@ def test_gradients_of_the_op_reach_only_what_asks(backend, features):
             assert (x.grad is None) is (e.grad is None), name
             if e.grad is not None:
                 assert_near(x.grad, e.grad, torch.float32, what=name)
+
+
+def test_scale_100(backend, features, dtype):
+    arguments = sweep_arguments(features, (97, 130, 64), "both", dtype)
+    arguments[2:4] = [torch.full((97,), 50.0), torch.full((130,), 2.0)]
+    wide = widened(arguments)
+    exact, plain = (reference.pair_softmax(*x, True) for x in (wide, arguments))
+    out = module(backend).pair_softmax(*arguments, True)
+    for name, x, e, p in zip(NAMES, out, exact, plain, strict=True):
+        assert_near(x, e, torch.float32, plain=p, what=name)
+    exact_keys, plain_keys = (reference.pair_softmax_expectation(*x)[3] for x in (wide, arguments))
+    keys = module(backend).pair_softmax_expectation(*arguments)[3]
+    assert_near(keys, exact_keys, dtype, plain=plain_keys)
+
+
+def test_gradient_of_a_share_of_the_keys(backend, features, dtype):
+    """With log-sum-exps over more keys than these, each share of the keys gives its part."""
+    arguments = sweep_arguments(features, (33, 60, 31), "ids", dtype)
+    query, key, query_scale, key_scale, query_ids, key_ids, _ = arguments
+    row_lse = module(backend).pair_softmax(*arguments, False)[0]
+    row_grad = torch.randn(33)
+    whole = reference.pair_softmax_backward(
+        *widened(arguments), row_lse.double(), None, row_grad.double(), None, None, True, True
+    )
+    parts = [
+        module(backend).pair_softmax_backward(
+            query, key[share], query_scale, key_scale[share], query_ids, key_ids[share], [],
+            row_lse, None, row_grad, None, None, True, True,
+        )
+        for share in (slice(0, 23), slice(23, 60))
+    ]  # fmt: skip
+    query_parts, key_parts = ([part[i : 3 + i : 2] for part in parts] for i in (0, 1))
+    of_query = [a + b for a, b in zip(*query_parts, strict=True)]
+    of_key = [torch.cat(both) for both in zip(*key_parts, strict=True)]
+    found = (of_query[0], of_key[0], of_query[1], of_key[1])
+    for name, x, e in zip(GRADIENTS, found, whole, strict=True):
+        assert_near(x, e, dtype, what=name)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_gradients_of_not_finite_features(backend, features, value):
+    for place, rule in itertools.product((0, 1), ("none", "diagonals")):
+        arguments = sweep_arguments(features, (33, 40, 8), rule)
+        arguments[2:4] = [scale + 0.1 for scale in arguments[2:4]]
+        arguments[place][5, 3] = value
+        row_lse, _, column_lse, _ = reference.pair_softmax(*arguments, True)
+        ones = torch.ones(40)
+        for saved in (
+            (row_lse, column_lse, ones[:33], ones, ones[:33]),
+            (row_lse, None, ones[:33], None, None),
+        ):
+            exact = reference.pair_softmax_backward(*arguments, *saved, True, True)
+            out = module(backend).pair_softmax_backward(*arguments, *saved, True, True)
+            for name, x, e in zip(GRADIENTS, out, exact, strict=True):
+                assert torch.equal(torch.isfinite(x), torch.isfinite(e)), (name, place, rule)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    n=st.integers(0, 70),
+    m=st.integers(0, 70),
+    d=st.integers(1, 70),
+    ids=st.booleans(),
+    diagonals=st.lists(st.integers(-75, 75), max_size=3, unique=True),
+    columns=st.booleans(),
+    half=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_any_sweep(backend, features, n, m, d, ids, diagonals, columns, half):
+    arguments = sweep_arguments(features, (n, m, d), "ids" if ids else "none", half)
+    arguments[6] = diagonals
+    wide = widened(arguments)
+    exact, plain = (reference.pair_softmax(*x, columns) for x in (wide, arguments))
+    out = module(backend).pair_softmax(*arguments, columns)
+    for name, x, e, p in zip(NAMES, out, exact, plain, strict=True):
+        assert_near(x, e, torch.float32, plain=p, what=name)
+    saved = [exact[0], None, torch.randn(n).double(), None, None]
+    if columns:
+        saved[1], saved[3] = exact[2], torch.randn(m).double()
+    if diagonals:
+        saved[4] = torch.randn(n).double()
+    narrow = [None if x is None else x.float() for x in saved]
+    exact, plain = (
+        reference.pair_softmax_backward(*x, *s, True, True)
+        for x, s in ((wide, saved), (arguments, narrow))
+    )
+    out = module(backend).pair_softmax_backward(*arguments, *narrow, True, True)
+    for name, x, e, p in zip(GRADIENTS, out, exact, plain, strict=True):
+        assert_near(x, e, half, plain=p, what=name)
 
 
 @pytest.mark.parametrize("wrong", ["width", "dtype", "scale", "half scale", "wide scale", "ids"])

@@ -18,7 +18,6 @@ from ssl_fast.backends.triton import tuning
 
 HERE = Path(__file__).parent
 SIZES = (64, 64, 16)
-OPS = ("sweep", "sweep_columns", "weights", "weights_mirror", "weights_moments")
 
 
 def test_interpreted():
@@ -49,23 +48,37 @@ def test_compiled(features, shape, dtype):
     """The compiled kernels against the reference in float64, at the table's own tile sizes."""
     if triton.refuses("pair_softmax", "cuda", dtype, shape):
         pytest.skip("this GPU is refused")
-    compiled, reference = (dispatch.load(x, "pair_softmax") for x in ("triton", "reference"))
     n, m, d = shape
     query, key = features(n, d, dtype=dtype).cuda(), features(m, d, dtype=dtype).cuda()
-    scale = torch.tensor(10.0, device="cuda")
-    ones = [torch.ones(size, device="cuda") for size in (n, m)]
-    sweep = (query, key, *ones, None, None, [0, 3])
-    lse = [reference.pair_softmax(*widened(sweep), True)[i].float() for i in (0, 2)]
-    calls = {
-        "pair_softmax": (*sweep, True),
-        "pair_softmax_backward": (*sweep, *lse, *ones, True, True),
-        "pair_softmax_loss": (query, None, key, scale, None, None, [0], True, True, False, True),
-        "pair_softmax_symmetric_loss": (query[: n // 2 * 2], scale, True, True),
-    }
-    for name, given in calls.items():
-        exact = getattr(reference, name)(*widened(given))
+    scale, bias = torch.tensor(10.0, device="cuda"), torch.tensor(-5.0, device="cuda")
+    rows, columns = (torch.rand(size, device="cuda") * 2 for size in (n, m))
+    ids = [torch.arange(size, device="cuda") % 50 for size in (n, m)]
+    ids[0][7] = ids[1][5] = -(2**63)
+    sweep = (query, key, rows, columns, None, None, [0, 3])
+    with_ids = (*sweep[:4], *ids, [0])
+    own = (query, scale, rows, ids[0], n // 2)
+    exact = dispatch.load("reference", "pair_softmax")
+    lse = [exact.pair_softmax(*widened(sweep), True)[i].float() for i in (0, 2)]
+    own_lse = exact.pair_softmax_symmetric(*widened(own))[0].float()
+    sigmoid = (query, key, 10.0 * rows, columns, bias, rows, 0)
+    calls = [
+        ("pair_softmax", (*sweep, True)),
+        ("pair_softmax", (*with_ids, True)),
+        ("pair_softmax_backward", (*sweep, *lse, rows, columns, -rows, True, True)),
+        ("pair_softmax_expectation", with_ids),
+        ("pair_softmax_symmetric", own),
+        ("pair_softmax_symmetric_backward", (*own, own_lse, rows - 1.0)),
+        ("pair_softmax_loss", (query, None, key, scale, None, None, [0], True, True, False, True)),
+        ("pair_softmax_symmetric_loss", (query[: n // 2 * 2], scale, True, True)),
+        ("pair_sigmoid", (*sigmoid, True, True)),
+        ("pair_sigmoid", (*sigmoid, False, False)),
+    ]
+    for name, given in calls:
+        op = "pair_sigmoid" if name == "pair_sigmoid" else "pair_softmax"
+        compiled, reference = (dispatch.load(x, op) for x in ("triton", "reference"))
+        exact_results = getattr(reference, name)(*widened(given))
         plain = getattr(reference, name)(*given)
-        for out, e, p in zip(getattr(compiled, name)(*given), exact, plain, strict=True):
+        for out, e, p in zip(getattr(compiled, name)(*given), exact_results, plain, strict=True):
             assert_near(out, e, dtype, plain=p, what=name)
 
 
@@ -80,6 +93,7 @@ def test_refuses_with_a_reason(monkeypatch):
     cases = [
         ("nearest", "cuda", torch.float32, SIZES, "no kernel for nearest"),
         ("pair_softmax", "cuda", torch.float64, SIZES, "not float64"),
+        ("pair_sigmoid", "cuda", torch.float64, SIZES, "not float64"),
         ("pair_softmax", "cuda", torch.float32, (2**31, 8, 8), "32 bits"),
     ]
     for op, device_type, dtype, shape, reason in cases:
@@ -108,19 +122,25 @@ def test_refuses_without_triton(monkeypatch):
 
 def test_every_call_has_a_row():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for op in OPS:
+        for op in tuning.OPS:
             for architecture in tuning.ARCHITECTURES:
                 for depth in (1, 64, 65, 256, 257, 4096):
-                    config = tuning.lookup(op, dtype, depth, architecture)
-                    assert config.block_rows % 16 == config.block_columns % 16 == 0
-                    assert config.source
-                    assert config.date
+                    for ids in (False, True):
+                        config = tuning.lookup(op, dtype, depth, architecture, ids=ids)
+                        assert config.block_rows % 16 == config.block_columns % 16 == 0
+                        assert config.source
+                        assert config.date
 
 
 def test_rows_are_found_by_depth_and_frozen():
     narrow = tuning.lookup("sweep", torch.bfloat16, 64, "sm_90")
     wide = tuning.lookup("sweep", torch.bfloat16, 1024, "sm_90")
     assert narrow != wide
+    # ids have a tile of their own where they need one, at the same depth
+    assert tuning.lookup("sweep", torch.bfloat16, 64, "sm_90", ids=True) == narrow
+    assert tuning.lookup("sweep", torch.bfloat16, 1024, "sm_90", ids=True) != wide
+    with pytest.raises(KeyError, match="nearest has no row"):
+        tuning.lookup("nearest", torch.bfloat16, 64, "sm_90")
     with pytest.raises(dataclasses.FrozenInstanceError):
         narrow.warps = 1
 

@@ -15,6 +15,7 @@ namespace ssl_fast {
 #define SSL_FAST_TABLES(isa)                                                 \
     extern const Kernels<PairSoftmax> pair_softmax_##isa;                    \
     extern const Kernels<PairSoftmaxSymmetric> pair_softmax_symmetric_##isa; \
+    extern const Kernels<PairSigmoid> pair_sigmoid_##isa;                    \
     extern const PeakKernels peak_##isa;
 SSL_FAST_TABLES(baseline)
 #if defined(SSL_FAST_HAVE_AVX2)
@@ -73,7 +74,13 @@ bool has_amx_bf16() { return false; }
 #endif
 
 #define SSL_FAST_ENTRY(isa, supported, preferred) \
-    {#isa, supported, preferred, &pair_softmax_##isa, &pair_softmax_symmetric_##isa, &peak_##isa}
+    {#isa,                                        \
+     supported,                                   \
+     preferred,                                   \
+     &pair_softmax_##isa,                         \
+     &pair_softmax_symmetric_##isa,               \
+     &pair_sigmoid_##isa,                         \
+     &peak_##isa}
 
 const Isa ISAS[] = {
     SSL_FAST_ENTRY(baseline, always, always),

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "core/pair_sigmoid.h"
 #include "core/pair_softmax.h"
 
 namespace ssl_fast {
@@ -22,6 +23,7 @@ struct Isa {
     bool (*preferred)();
     const Kernels<PairSoftmax>* pair_softmax;
     const Kernels<PairSoftmaxSymmetric>* pair_softmax_symmetric;
+    const Kernels<PairSigmoid>* pair_sigmoid;
     const PeakKernels* peak;
 };
 

@@ -19,7 +19,10 @@ struct Rows {
     std::int64_t stride;
 };
 
-// Which pairs (i, j) leave the softmax: j - i in diagonals, or equal ids.
+// A row with this id leaves the softmax with all its pairs.
+constexpr std::int64_t IGNORED_ID = INT64_MIN;
+
+// Which pairs (i, j) leave the softmax: j - i in diagonals, equal ids, or an id that is IGNORED_ID.
 struct Exclusion {
     int n_diagonals;
     std::int64_t diagonals[MAX_DIAGONALS];
@@ -28,7 +31,7 @@ struct Exclusion {
 };
 
 enum class Pass : int {
-    forward,   // statistics of the rows
+    forward,   // statistics of the rows, and of the columns or the expectation when asked for
     loss,      // statistics, loss, and the gradients that are asked for
     backward,  // gradients from given statistics and weights
 };
@@ -49,14 +52,18 @@ struct PairSoftmax {
     const float* scale;        // [1]
     bool normalize;
 
-    float* row_lse;         // [N]; the backward pass reads it
-    float* row_max;         // [N]
-    float* loss;            // [N]
+    float* row_lse;     // [N]; the backward pass reads it
+    float* row_max;     // [N]
+    float* column_lse;  // [M] or null; the backward pass reads it
+    float*
+        diagonal_logit;  // [N] or null: s_ij at j = i + diagonals[0], untouched where there is none
+    float* expectation;  // [N, D] or null: the mean of key_scale_j k_j under a row's softmax
+    float* loss;         // [N]
     float* positive_logit;  // [N]
 
-    const float* row_grad;    // [N]
-    const float* column_lse;  // [M] or null
-    const float* column_grad;
+    const float* row_grad;       // [N]
+    const float* column_grad;    // [M], with column_lse
+    const float* diagonal_grad;  // [N] or null: the weight at j = i + diagonals[0]
 
     void* grad_query;         // [N, D] contiguous, in dtype
     void* grad_key;           // [M, D]
@@ -69,19 +76,26 @@ struct PairSoftmax {
     void* workspace;  // 64-byte aligned, of workspace_bytes
 };
 
-// features [2N, D]: rows i and i + N are each other's positive.
+// The softmax of a symmetric matrix: s_ij = scale * row_scale_i * row_scale_j * <x_i, x_j>, j != i,
+// less the pairs of rows `pairs` apart. In the loss pass these are each other's positive.
 struct PairSoftmaxSymmetric {
+    Pass pass;
     Dtype dtype;
-    std::int64_t pairs, d;
-    Rows features;
-    const float* scale;  // [1]
+    std::int64_t n, d;
+    std::int64_t pairs;      // N / 2, or 0: no pair but i == j leaves
+    Rows features;           // [N, D]
+    const float* scale;      // [1]
+    const float* row_scale;  // [N]; null in the loss pass: 1, or with `normalize` the inverse norms
     bool normalize;
-    float* row_lse;         // [2N]
-    float* row_max;         // [2N]
-    float* loss;            // [2N]
-    float* positive_logit;  // [2N]
-    void* grad_features;    // [2N, D]
-    float* grad_scale;      // [2N]
+    const std::int64_t* ids;  // [N] or null
+    float* row_lse;           // [N]; the backward pass reads it
+    float* row_max;           // [N]
+    float* loss;              // [N]
+    float* positive_logit;    // [N]
+    const float* row_grad;    // [N]
+    void* grad_features;      // [N, D]
+    float* grad_scale;        // [N]
+    float* moment;            // [N]: sum_j (W_ij + W_ji) row_scale_j <x_i, x_j>
     int threads;
     void* workspace;
 };

@@ -1,6 +1,7 @@
-// The symmetric matrix of NT-Xent: every row is a query and a key, so each pair of row blocks is
-// computed once and serves both. A first half sweep gives the statistics, a second one recomputes
-// the logits and takes both sums: two products in all, where the one-sided loss spends three.
+// The softmax of a symmetric matrix (NT-Xent, SupCon): every row is a query and a key, so each pair
+// of row blocks is computed once and serves both. A first half sweep gives the statistics, a second
+// one recomputes the logits and takes both sums: two products in all, where the one-sided loss
+// spends three.
 //
 // Block pairs go in rounds of a round-robin tournament: within a round no two pairs share a block,
 // so that each sum has one owner at a time and grows in the order of the rounds, whatever the
@@ -22,11 +23,15 @@ class SymmetricSweep {
   public:
     SymmetricSweep(const PairSoftmaxSymmetric& call, int rank)
         : c_(call),
-          rows_(2 * call.pairs),
+          rows_(call.n),
           blocks_(ceil_div(rows_, BLOCK)),
           players_(round_up(larger(blocks_, 2), 2)),
           padded_d_(round_up(call.d, LANES)),
-          gradient_asked_(call.grad_features != nullptr) {
+          gradient_asked_(call.grad_features != nullptr || call.moment != nullptr) {
+        rule_.n_diagonals = call.pairs > 0 ? 3 : 1;
+        rule_.diagonals[1] = call.pairs;
+        rule_.diagonals[2] = -call.pairs;
+        rule_.key_ids = call.ids;
         const int64_t padded = blocks_ * BLOCK, subs = padded / LANES;
         const int64_t depth = gradient_asked_ ? Path::key_sum_rows(c_.d) : 0;
         Arena arena(c_.workspace);
@@ -41,6 +46,7 @@ class SymmetricSweep {
                        arena.take<float>(padded)};
         lse_ = arena.take<float>(padded);
         weight_ = arena.take<float>(padded);
+        ids_ = call.ids == nullptr ? nullptr : arena.take<int64_t>(padded);
         key_sums_ = arena.take<float>(subs * depth * LANES);
         if (gradient_asked_) {
             weighted_ = arena.take<float>(padded_d_ / LANES * subs * Path::WEIGHTED_FLOATS);
@@ -58,8 +64,9 @@ class SymmetricSweep {
         if (team->rank == 0) __builtin_memset(counters_, 0, 2 * players_ * sizeof(int));
         for (int64_t block = team->rank; block < blocks_; block += team->size) prepare(block);
         team_barrier(team);
-        tournament(team, 0, [this](int64_t i, int64_t j) { collect(i, j); });
-        for (int64_t block = team->rank; block < blocks_; block += team->size) finish_loss(block);
+        if (c_.pass != Pass::backward)
+            tournament(team, 0, [this](int64_t i, int64_t j) { collect(i, j); });
+        for (int64_t block = team->rank; block < blocks_; block += team->size) finish_rows(block);
         if (!gradient_asked_) return;
         team_barrier(team);
         tournament(team, players_, [this](int64_t i, int64_t j) { differentiate(i, j); });
@@ -103,7 +110,7 @@ class SymmetricSweep {
     void prepare(int64_t block) {
         constexpr int64_t PANELS = BLOCK / Path::PANEL;
         for (int64_t p = block * PANELS; p < (block + 1) * PANELS && p * Path::PANEL < rows_; ++p)
-            pack_keys<Path>(c_.features, c_.dtype, nullptr, c_.normalize, p, keys_, row_);
+            pack_keys<Path>(c_.features, c_.dtype, c_.row_scale, c_.normalize, p, keys_, row_);
         statistics_.at(block * BLOCK).reset(BLOCK);
         for (int64_t sub = block * SUBS; sub < (block + 1) * SUBS; ++sub) {
             prepare_queries(sub);
@@ -121,6 +128,7 @@ class SymmetricSweep {
             const int64_t i = sub * LANES + lane;
             const bool exists = i < rows_;
             if (!exists) keys_.scale[i] = 0.0f;
+            if (ids_ != nullptr) ids_[i] = exists ? c_.ids[i] : 0;
             const float norm = keys_.scale[i], scale = *c_.scale * norm * LOG2E;
             query_scale_[i] = scale;
             one[lane] = 1.0f;
@@ -168,7 +176,7 @@ class SymmetricSweep {
             Path::logits(packed, queries, rows, row, c_.d, tile);
             if (Path::BF16)
                 scale_logits(query_scale_ + panel.query, keys_.scale + panel.key, panel.rows, tile);
-            exclude({3, {0, c_.pairs, -c_.pairs}, nullptr, nullptr}, nullptr, panel, tile);
+            exclude(rule_, ids_ == nullptr ? nullptr : ids_ + panel.query, panel, tile);
             if (panel.queries < LANES)
                 fill_lanes(tile, panel.rows, panel.queries, -__builtin_inff());
             use(panel, tile);
@@ -227,18 +235,22 @@ class SymmetricSweep {
 
     int64_t partner(int64_t i) const { return i < c_.pairs ? i + c_.pairs : i - c_.pairs; }
 
-    void finish_loss(int64_t block) {
+    void finish_rows(int64_t block) {
         for (int64_t i = block * BLOCK; i < (block + 1) * BLOCK; ++i) {
             lse_[i] = weight_[i] = 0.0f;
             if (i >= rows_) continue;
-            const float* z = widen(c_.features, c_.dtype, i, c_.d, row_);
-            const float* p = widen(c_.features, c_.dtype, partner(i), c_.d, other_);
-            const float positive =
-                *c_.scale * keys_.scale[i] * keys_.scale[partner(i)] * dot(z, p, c_.d);
+            if (c_.pass == Pass::backward) {
+                if (c_.row_lse[i] == -__builtin_inff()) continue;
+                lse_[i] = c_.row_lse[i] * LOG2E;
+                weight_[i] = c_.row_grad[i];
+                continue;
+            }
+            const float positive = c_.pass == Pass::loss ? positive_logit(i) : 0.0f;
             const RowTerms t = row_terms(statistics_.maximum[i], statistics_.reference[i],
                                          statistics_.sum[i], positive);
             c_.row_lse[i] = t.lse;
             c_.row_max[i] = t.maximum;
+            if (c_.pass == Pass::forward) continue;
             c_.positive_logit[i] = positive;
             c_.loss[i] = t.loss;
             if (t.factor == 0.0f && t.lse == -__builtin_inff()) continue;
@@ -247,23 +259,34 @@ class SymmetricSweep {
         }
     }
 
+    float positive_logit(int64_t i) const {
+        const float* z = widen(c_.features, c_.dtype, i, c_.d, row_);
+        const float* p = widen(c_.features, c_.dtype, partner(i), c_.d, other_);
+        return *c_.scale * keys_.scale[i] * keys_.scale[partner(i)] * dot(z, p, c_.d);
+    }
+
     void finish_gradient(int64_t block) {
         const int64_t depth = Path::key_sum_rows(c_.d);
         for (int64_t i = block * BLOCK; i < (block + 1) * BLOCK && i < rows_; ++i) {
             const float* key_sum = key_sums_ + i / LANES * depth * LANES + i % LANES;
             const float* query_sum = query_sums_ + i * padded_d_;
-            const int64_t j = partner(i);
-            const float* p = widen(c_.features, c_.dtype, j, c_.d, other_);
-            const float pull = (weight_[i] + weight_[j]) * keys_.scale[j];
-            for (int64_t e = 0; e < c_.d; ++e)
-                gradient_[e] = key_sum[e * LANES] + query_sum[e] - pull * p[e];
+            for (int64_t e = 0; e < c_.d; ++e) gradient_[e] = key_sum[e * LANES] + query_sum[e];
+            if (c_.pass == Pass::loss) subtract_positive(i);
             const float* z = widen(c_.features, c_.dtype, i, c_.d, row_);
             const float along =
                 through_norm(z, gradient_, *c_.scale, keys_.scale[i], c_.normalize, c_.d, other_);
             // Each pair is counted in both of its rows.
-            c_.grad_scale[i] = 0.5f * keys_.scale[i] * along;
+            if (c_.grad_scale != nullptr) c_.grad_scale[i] = 0.5f * keys_.scale[i] * along;
+            if (c_.moment != nullptr) c_.moment[i] = along;
             narrow(other_, c_.dtype, i, c_.d, c_.grad_features);
         }
+    }
+
+    void subtract_positive(int64_t i) {
+        const int64_t j = partner(i);
+        const float* p = widen(c_.features, c_.dtype, j, c_.d, other_);
+        const float pull = (weight_[i] + weight_[j]) * keys_.scale[j];
+        for (int64_t e = 0; e < c_.d; ++e) gradient_[e] -= pull * p[e];
     }
 
     const PairSoftmaxSymmetric& c_;
@@ -271,8 +294,10 @@ class SymmetricSweep {
     const bool gradient_asked_;
     std::size_t bytes_;
 
+    Exclusion rule_{};
     PackedKeys keys_;
     int* counters_;
+    int64_t* ids_;
     float *queries_, *query_scale_;
     Statistics statistics_;
     float *lse_, *weight_;         // in units of log 2; d loss / d lse

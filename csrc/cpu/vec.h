@@ -36,6 +36,10 @@ inline Vec select_equal(const int64_t* ids, int64_t id, Vec equal, Vec otherwise
     const __mmask8 high = _mm512_cmpeq_epi64_mask(_mm512_loadu_si512(ids + 8), wanted);
     return _mm512_mask_blend_ps(static_cast<__mmask16>(low | high << 8), otherwise, equal);
 }
+// a where x < 0, else b; of x = NaN either.
+inline Vec select_negative(Vec x, Vec a, Vec b) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), b, a);
+}
 // x - floor(x), and p * 2^floor(x): both defined for infinities.
 inline Vec fraction(Vec x) { return _mm512_reduce_ps(x, 0x09); }
 inline Vec scale_by_floor(Vec p, Vec x) { return _mm512_scalef_ps(p, x); }
@@ -62,6 +66,7 @@ inline Vec select_equal(const int64_t* ids, int64_t id, Vec equal, Vec otherwise
     const __m256i m = _mm256_load_si256(reinterpret_cast<const __m256i*>(mask));
     return _mm256_blendv_ps(otherwise, equal, _mm256_castsi256_ps(m));
 }
+inline Vec select_negative(Vec x, Vec a, Vec b) { return _mm256_blendv_ps(b, a, x); }
 inline Vec clamp_exponent(Vec x) {
     // The constant comes first: max and min return their second operand where one is NaN.
     return _mm256_max_ps(_mm256_set1_ps(-127.0f), _mm256_min_ps(_mm256_set1_ps(128.0f), x));
@@ -104,6 +109,7 @@ inline Vec select_equal(const int64_t* ids, int64_t id, Vec equal, Vec otherwise
     for (int lane = 0; lane < WIDTH; ++lane) mask[lane] = ids[lane] == id ? -1 : 0;
     return mask ? equal : otherwise;
 }
+inline Vec select_negative(Vec x, Vec a, Vec b) { return x < broadcast(0.0f) ? a : b; }
 inline Vec clamp_exponent(Vec x) { return max(broadcast(-127.0f), min(broadcast(128.0f), x)); }
 inline Vec floor_of(Vec x) {
     const Vec truncated = __builtin_convertvector(__builtin_convertvector(x, IntVec), Vec);
@@ -202,6 +208,21 @@ inline Vec exp2(Vec x) {
     p = fma(p, f, broadcast(0.6931513f));
     p = fma(p, f, broadcast(1.0f));
     return scale_by_floor(p, x);
+}
+
+// log(1 + t) for t in [0, 1]: t times the relative minimax polynomial of degree 8 of log1p(t) / t,
+// 3.0e-8, so that a small t keeps its digits.
+inline Vec log1p(Vec t) {
+    Vec p = broadcast(0.005232690f);
+    p = fma(p, t, broadcast(-0.029505219f));
+    p = fma(p, t, broadcast(0.078225918f));
+    p = fma(p, t, broadcast(-0.13663243f));
+    p = fma(p, t, broadcast(0.19106005f));
+    p = fma(p, t, broadcast(-0.24842982f));
+    p = fma(p, t, broadcast(0.33319098f));
+    p = fma(p, t, broadcast(-0.49999493f));
+    p = fma(p, t, broadcast(0.99999994f));
+    return p * t;
 }
 
 // Subnormal weights (a similarity 87 nats below its row's maximum) cost an assist of about 150

@@ -57,11 +57,29 @@ inline void exclude(const Exclusion& rule, const int64_t* lane_ids, const Block&
     }
     if (lane_ids == nullptr) return;
     const Vec excluded = broadcast(-__builtin_inff());
-    for (int row = 0; row < block.keys; ++row)
+    for (int lane = 0; lane < block.queries; ++lane) {
+        if (lane_ids[lane] != IGNORED_ID) continue;
+        for (int row = 0; row < block.keys; ++row) logits[row * LANES + lane] = -__builtin_inff();
+    }
+    for (int row = 0; row < block.keys; ++row) {
+        if (rule.key_ids[block.key + row] == IGNORED_ID) {
+            exclude_row(logits + row * LANES);
+            continue;
+        }
         for (int v = 0; v < LANES; v += WIDTH) {
             float* p = logits + row * LANES + v;
             store(p, select_equal(lane_ids + v, rule.key_ids[block.key + row], excluded, load(p)));
         }
+    }
+}
+
+// Calls use(lane, logit) for the pairs of a block on the first diagonal.
+template <class Use>
+void on_diagonal(const Exclusion& rule, const Block& block, float* logits, Use use) {
+    if (rule.n_diagonals == 0) return;
+    const int64_t first = block.query + rule.diagonals[0] - block.key;
+    const int64_t begin = larger(0, -first), end = smaller(block.queries, block.keys - first);
+    for (int64_t lane = begin; lane < end; ++lane) use(lane, logits[(first + lane) * LANES + lane]);
 }
 
 // bfloat16 products come unscaled.
@@ -139,6 +157,34 @@ inline void column_softmax(const float* logits, int rows, const Statistics& stat
         statistics.maximum[row] = maximum;
         statistics.reference[row] = reference;
         statistics.sum[row] += sum_lanes(sum);
+    }
+}
+
+// What one sub-block of queries gives to the statistics of a panel's keys: a finite reference and
+// the sum of exponentials relative to it. The queries past the last one are at -inf.
+inline void column_part(const float* logits, int rows, float* reference, float* sum) {
+    for (int row = 0; row < rows; ++row) {
+        Vec lanes[VECTORS];
+        Vec highest = broadcast(-LARGEST);
+        for (int v = 0; v < VECTORS; ++v) lanes[v] = load(logits + row * LANES + v * WIDTH);
+        for (int v = 0; v < VECTORS; ++v) highest = max(lanes[v], highest);
+        const float maximum = max_lanes(highest);
+        reference[row] = maximum > LARGEST ? LARGEST : maximum;
+        const Vec shift = broadcast(reference[row]);
+        Vec total = broadcast(0.0f);
+        for (int v = 0; v < VECTORS; ++v) total = total + exp2(lanes[v] - shift);
+        sum[row] = sum_lanes(total);
+    }
+}
+
+// A part into the statistics of `count` keys, a multiple of WIDTH.
+inline void merge_columns(const float* part_reference, const float* part_sum, int64_t count,
+                          float* reference, float* sum) {
+    for (int64_t j = 0; j < count; j += WIDTH) {
+        const Vec old = load(reference + j), part = load(part_reference + j);
+        const Vec now = max(part, old);
+        store(reference + j, now);
+        store(sum + j, fma(load(sum + j), exp2(old - now), load(part_sum + j) * exp2(part - now)));
     }
 }
 

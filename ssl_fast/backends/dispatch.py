@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKENDS", "OPS", "PRIORITY", "Choice", "load", "package", "resolve", "select"]
 
-OPS = ("pair_softmax",)
+OPS = ("pair_softmax", "pair_sigmoid")
 BACKENDS = ("reference", "native", "triton")
 # The first that doesn't refuse serves. The reference refuses nothing, so it ends every list.
 PRIORITY: dict[str, tuple[str, ...]] = {

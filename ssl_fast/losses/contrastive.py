@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ssl_fast.backends.dispatch import BACKENDS
-from ssl_fast.ops.pair_softmax import accumulation_dtype, inverse_norms, pair_softmax, row_loss
-from ssl_fast.ops.pair_softmax_loss import ContrastiveLoss
+from ssl_fast.losses.options import Options, check_numbers
+from ssl_fast.ops.pair_softmax import accumulation_dtype
 from ssl_fast.ops.registration import autocast_is_on
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from ssl_fast.ops.pair_softmax_loss import ContrastiveLoss
 
 __all__ = [
     "ContrastiveModule",
@@ -23,8 +25,8 @@ __all__ = [
     "check_choice",
     "check_options",
     "check_same",
-    "contrastive_rows",
-    "reduce_rows",
+    "check_scalar",
+    "scalar_from",
     "scale_from",
     "with_stats",
 ]
@@ -105,87 +107,71 @@ def check_options(reduction: Any, backend: Any) -> None:
         check_choice("backend", backend, BACKENDS)
 
 
+def check_scalar(name: str, number: Any) -> float | None:
+    """A number, or a tensor of one floating value. Its value, None where looking would wait."""
+    if isinstance(number, Tensor):
+        if not number.is_floating_point():
+            raise TypeError(f"{name} must be floating; got {describe(number)}")
+        if number.numel() != 1:
+            raise ValueError(f"{name} must be one number; got {describe(number)}")
+        # A value on a GPU would cost a synchronisation; a fake one doesn't exist.
+        hidden = number.device.type != "cpu" or torch.compiler.is_compiling()
+        if hidden or type(number) not in (Tensor, nn.Parameter):
+            return None
+        return float(number.item())
+    if isinstance(number, bool) or not isinstance(number, (float, int, Real)):
+        raise TypeError(f"{name} must be a number or a tensor; got {describe(number)}")
+    return float(number)
+
+
 def check_temperature(temperature: Any) -> None:
     """A positive number, or a tensor that holds one floating value; on a CPU it is looked at."""
-    value = temperature
-    if isinstance(temperature, Tensor):
-        if not temperature.is_floating_point():
-            raise TypeError(f"temperature must be floating; got {describe(temperature)}")
-        if temperature.numel() != 1:
-            raise ValueError(f"temperature must be one number; got {describe(temperature)}")
-        # A value on a GPU would cost a synchronisation; a fake one doesn't exist.
-        hidden = temperature.device.type != "cpu" or torch.compiler.is_compiling()
-        if hidden or type(temperature) not in (Tensor, nn.Parameter):
-            return
-        value = temperature.item()
-    elif isinstance(temperature, bool) or not isinstance(temperature, (float, int, Real)):
-        raise TypeError(f"temperature must be a number or a tensor; got {describe(temperature)}")
-    if not value > 0:
-        raise ValueError(f"temperature must be greater than 0; got {value}")
+    value = check_scalar("temperature", temperature)
+    if value is not None and not value > 0:
+        shown = temperature.item() if isinstance(temperature, Tensor) else temperature
+        raise ValueError(f"temperature must be greater than 0; got {shown}")
+
+
+def scalar_from(name: str, number: float | Tensor, features: Tensor) -> Tensor:
+    """The number as a scalar on the features' device, which keeps a tensor's gradient."""
+    dtype = accumulation_dtype(features)
+    if not isinstance(number, Tensor):
+        return torch.full((), number, dtype=dtype, device=features.device)
+    if number.device != features.device and number.device.type != "cpu":
+        raise ValueError(
+            f"{name} must be a number or on the device of the features, {features.device}; "
+            f"got {describe(number)}"
+        )
+    return number.to(features.device, dtype, non_blocking=True).reshape(())
 
 
 def scale_from(temperature: float | Tensor, features: Tensor) -> Tensor:
     """1 / temperature on the features' device, a scalar that keeps the temperature's gradient."""
     check_temperature(temperature)
-    dtype = accumulation_dtype(features)
     if not isinstance(temperature, Tensor):
-        return torch.full((), 1.0 / temperature, dtype=dtype, device=features.device)
-    if temperature.device != features.device and temperature.device.type != "cpu":
-        raise ValueError(
-            f"temperature must be a number or on the device of the features, {features.device}; "
-            f"got {describe(temperature)}"
-        )
-    moved = temperature.to(features.device, dtype, non_blocking=True)
-    return moved.reshape(()).reciprocal()
-
-
-def contrastive_rows(
-    query: Tensor,  # [N, D]
-    positive: Tensor,  # [N, D]
-    key: Tensor,  # [M, D]
-    scale: Tensor,  # []
-    *,
-    diagonals: Sequence[int],
-    normalize: bool,
-    backend: str | None,
-) -> ContrastiveLoss:
-    """The loss of each row: what the fused losses reduce, composed so that rows may weigh any."""
-    wide = accumulation_dtype(query)
-    similarity = (query.to(wide) * positive.to(wide)).sum(dim=1)
-    if normalize:
-        query_norm, key_norm = inverse_norms(query), inverse_norms(key)
-        positive_norm = key_norm if positive is key else inverse_norms(positive)
-        similarity = similarity * query_norm * positive_norm
-        query_scale = scale * query_norm
-    else:
-        query_scale = scale.expand(query.shape[0])
-        key_norm = query_scale.new_ones(key.shape[0])
-    sweep = pair_softmax(query, key, query_scale, key_norm, diagonals=diagonals, backend=backend)
-    positive_logit = scale * similarity
-    loss = row_loss(sweep.row_lse, positive_logit)
-    return ContrastiveLoss(loss, sweep.row_lse, positive_logit, sweep.row_max)
+        return scalar_from("temperature", 1.0 / temperature, features)
+    return scalar_from("temperature", temperature, features).reciprocal()
 
 
 def with_stats(
-    result: ContrastiveLoss, scale: Tensor, return_stats: bool
+    result: ContrastiveLoss, scale: Tensor, return_stats: bool, ignore: Tensor | None = None
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
-    """The loss, with its by-products when they are asked for."""
+    """The loss, with its by-products when they are asked for; ignored rows are no part of means."""
     if not return_stats:
         return result.loss
     logit = result.positive_logit.detach()
+    first = (logit >= result.row_max).to(logit.dtype)
+    if ignore is None:
+        top1, mean = first.mean(), logit.mean()
+    else:
+        kept = (~ignore).to(logit.dtype)
+        top1, mean = ((kept * x).sum() / kept.sum() for x in (first, logit))
     stats = ContrastiveStats(
         lse=torch.logaddexp(result.row_lse.detach(), logit),
-        top1=(logit >= result.row_max).to(logit.dtype).mean(),
-        positive_similarity=logit.mean() / scale.detach(),
+        top1=top1,
+        positive_similarity=mean / scale.detach(),
     )
     return result.loss, stats
-
-
-def reduce_rows(result: ContrastiveLoss, reduction: str) -> ContrastiveLoss:
-    """The same with the rows' losses reduced."""
-    if reduction == "none":
-        return result
-    return result._replace(loss=result.loss.mean() if reduction == "mean" else result.loss.sum())
 
 
 class ContrastiveModule(nn.Module):
@@ -202,9 +188,12 @@ class ContrastiveModule(nn.Module):
         normalize: bool,
         return_stats: bool,
         backend: str | None,
+        **numbers: Any,
     ) -> None:
         super().__init__()
         check_options(reduction, backend)
+        check_numbers(Options(**numbers))
+        self.numbers = numbers
         check_temperature(temperature)
         self.temperature = temperature
         self.reduction = reduction
@@ -220,6 +209,7 @@ class ContrastiveModule(nn.Module):
             "normalize": self.normalize,
             "return_stats": self.return_stats,
             "backend": self.backend,
+            **self.numbers,
         }
 
     def extra_repr(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_fast.losses.contrastive import (
@@ -13,16 +14,100 @@ from ssl_fast.losses.contrastive import (
     accept_features,
     check_options,
     check_same,
-    contrastive_rows,
     scale_from,
     with_stats,
 )
-from ssl_fast.ops.pair_softmax_loss import pair_softmax_symmetric_loss
+from ssl_fast.losses.exchange import Local
+from ssl_fast.losses.info_nce import info_nce
+from ssl_fast.losses.memory_bank import MemoryBank
+from ssl_fast.losses.options import Options, options_of, reduce_weighted, without_ignored
+from ssl_fast.losses.rows import Pairs, finish_rows, key_norms, row_dots
+from ssl_fast.ops.pair_softmax import IGNORED_ID
+from ssl_fast.ops.pair_softmax_loss import ContrastiveLoss, pair_softmax_symmetric_loss
+from ssl_fast.ops.pair_softmax_symmetric import pair_softmax_symmetric
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = ["NTXentLoss", "nt_xent"]
+
+
+def nt_xent_over(
+    exchange: Local,
+    z0: Tensor,  # [N, D]
+    z1: Tensor,  # [N, D]
+    temperature: float | Tensor,
+    reduction: str,
+    *,
+    normalize: bool,
+    return_stats: bool,
+    backend: str | None,
+    **given: Any,
+) -> Tensor | tuple[Tensor, ContrastiveStats]:
+    """``nt_xent`` where the other images may be those of many processes."""
+    check_options(reduction, backend)
+    z0, z1 = accept_features("z0", z0, "[N, D]"), accept_features("z1", z1, "[N, D]")
+    check_same("z1", z1, "z0", z0, sizes={0: "rows", -1: "components"})
+    scale = scale_from(temperature, z0)
+    options = options_of(z0, z0.shape[0], in_batch=True, **given)
+    if options.plain and reduction != "none" and exchange.world_size == 1:
+        fused = pair_softmax_symmetric_loss(
+            z0, z1, scale, normalize=normalize, mean=reduction == "mean", backend=backend
+        )
+        return with_stats(fused, scale, return_stats)
+    # A loop, because dynamo can't read what a comprehension's walrus bound.
+    both: dict[str, Any] = {}
+    for name in ("query_ids", "row_weight", "ignore"):
+        value = getattr(options, name)
+        if value is not None:
+            both[name] = torch.cat([value, value])
+    options = options._replace(key_ids=both.get("query_ids"), **both)
+    result = _view_rows(exchange, torch.cat([z0, z1]), scale, options, normalize, backend)
+    loss = reduce_weighted(exchange, result.loss, reduction, options.row_weight, options.ignore)
+    return with_stats(result._replace(loss=loss), scale, return_stats, options.ignore)
+
+
+def _view_rows(
+    exchange: Local,
+    features: Tensor,  # [2N, D]
+    scale: Tensor,  # []
+    options: Options,
+    normalize: bool,
+    backend: str | None,
+) -> ContrastiveLoss:
+    """The loss of each view. In one process half of the tiles are enough."""
+    rows, count = features.shape[0], features.shape[0] // 2
+    query_ids, key_ids, (features,) = without_ignored(
+        options, features, key_rows=rows, in_batch=True
+    )
+    norms = key_norms(features) if normalize else scale.new_ones(rows)
+    diagonals = (0, count, -count)
+    pairs = Pairs(features, features, norms, norms, query_ids, key_ids, diagonals)
+    beta = options.hard_negative_beta
+    ids = query_ids
+    if options.ignore is not None and options.query_ids is None:
+        # Here a query's id is a key's: each row has its own.
+        own = torch.arange(rows, device=features.device)
+        ids = own.masked_fill(options.ignore, IGNORED_ID)
+
+    def sweep(factor: float) -> tuple[Tensor, Tensor]:
+        scaled = scale if factor == 1.0 else scale * factor
+        if exchange.world_size == 1:
+            return pair_softmax_symmetric(
+                features, scaled, norms, ids=ids, pairs=count, backend=backend
+            )
+        found = exchange.pair_softmax(
+            features, features, scaled * norms, norms,
+            query_ids=query_ids, key_ids=key_ids, diagonals=diagonals, backend=backend,
+        )  # fmt: skip
+        return found.row_lse, found.row_max
+
+    lse, row_max = sweep(1.0 + beta)
+    weights = sweep(beta)[0] if beta else None
+    partner = features.roll(count, 0)
+    positive_logit = scale * norms * norms.roll(count, 0) * row_dots(features, partner)
+    losses, lse = finish_rows(exchange, pairs, scale, options, lse, weights, positive_logit)
+    return ContrastiveLoss(losses, lse, positive_logit, row_max / (1.0 + beta))
 
 
 @overload
@@ -33,6 +118,13 @@ def nt_xent(
     reduction: str = "mean",
     *,
     normalize: bool = True,
+    query_ids: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    ignore: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    margin: float = 0.0,
+    decoupled: bool = False,
+    hard_negative_beta: float = 0.0,
     return_stats: Literal[False] = False,
     backend: str | None = None,
 ) -> Tensor: ...
@@ -46,6 +138,13 @@ def nt_xent(
     reduction: str = "mean",
     *,
     normalize: bool = True,
+    query_ids: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    ignore: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    margin: float = 0.0,
+    decoupled: bool = False,
+    hard_negative_beta: float = 0.0,
     return_stats: Literal[True],
     backend: str | None = None,
 ) -> tuple[Tensor, ContrastiveStats]: ...
@@ -58,6 +157,13 @@ def nt_xent(
     reduction: str = "mean",
     *,
     normalize: bool = True,
+    query_ids: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    ignore: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    margin: float = 0.0,
+    decoupled: bool = False,
+    hard_negative_beta: float = 0.0,
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, ContrastiveStats]:
@@ -75,6 +181,16 @@ def nt_xent(
         reduction: "mean", "sum" or "none" (the loss of every row of z, [2N]).
         normalize: cosine similarities; False compares the features as they are. A zero row has
             similarity 0 to everything, and gradient 0.
+        query_ids: int64 [N], an id for each image: views of images that share one are no negatives
+            of each other.
+        row_weight: [N], what the losses of an image's two views are multiplied by; a mean divides
+            by the sum of weights.
+        ignore: bool [N]; these images have no part in the loss: the result is that of the batch
+            without them, whatever they hold.
+        label_smoothing: as in ``F.cross_entropy``, in [0, 1).
+        margin: subtracted from the positive's similarity.
+        decoupled: the positive leaves the denominator, as in ``info_nce``.
+        hard_negative_beta: how much harder negatives weigh more, as in ``info_nce``.
         return_stats: give ``(loss, stats)``, where stats is a NamedTuple, detached: ``lse`` [2N]
             over all keys of a row, ``top1``, the fraction of rows whose positive is no less similar
             than any negative, and ``positive_similarity``, its mean.
@@ -93,28 +209,22 @@ def nt_xent(
             that isn't above 0.
         RuntimeError: ``backend`` can't serve this call.
     """
-    check_options(reduction, backend)
-    z0, z1 = accept_features("z0", z0, "[N, D]"), accept_features("z1", z1, "[N, D]")
-    check_same("z1", z1, "z0", z0, sizes={0: "rows", -1: "components"})
-    scale = scale_from(temperature, z0)
-    if reduction == "none":
-        features, count = torch.cat([z0, z1]), z0.shape[0]
-        result = contrastive_rows(
-            features, features.roll(count, 0), features, scale,
-            diagonals=(0, count, -count), normalize=normalize, backend=backend,
-        )  # fmt: skip
-    else:
-        result = pair_softmax_symmetric_loss(
-            z0, z1, scale, normalize=normalize, mean=reduction == "mean", backend=backend
-        )
-    return with_stats(result, scale, return_stats)
+    return nt_xent_over(
+        Local(), z0, z1, temperature, reduction, normalize=normalize, query_ids=query_ids,
+        row_weight=row_weight, ignore=ignore, label_smoothing=label_smoothing, margin=margin,
+        decoupled=decoupled, hard_negative_beta=hard_negative_beta, return_stats=return_stats,
+        backend=backend,
+    )  # fmt: skip
 
 
 class NTXentLoss(ContrastiveModule):
-    """``nt_xent`` as a module: the same options, the two views given to ``forward``.
+    """``nt_xent`` as a module, the two views given to ``forward``; arguments as lightly's.
 
-    A temperature that is an ``nn.Parameter`` is one of the module's parameters.
-    ``memory_bank_size`` and ``gather_distributed`` can only be off.
+    With ``memory_bank_size`` (rows, or rows and their components) the negatives of ``out0`` are the
+    rows of a memory bank, its positive is ``out1``, and the bank takes ``out1`` where ``out0`` asks
+    for a gradient. With ``gather_distributed`` the negatives are those of all processes, and so are
+    the loss and its gradient. A temperature that is an ``nn.Parameter`` is one of the module's
+    parameters.
     """
 
     def __init__(
@@ -125,6 +235,10 @@ class NTXentLoss(ContrastiveModule):
         *,
         reduction: str = "mean",
         normalize: bool = True,
+        label_smoothing: float = 0.0,
+        margin: float = 0.0,
+        decoupled: bool = False,
+        hard_negative_beta: float = 0.0,
         return_stats: bool = False,
         backend: str | None = None,
     ) -> None:
@@ -134,17 +248,51 @@ class NTXentLoss(ContrastiveModule):
             normalize=normalize,
             return_stats=return_stats,
             backend=backend,
+            label_smoothing=label_smoothing,
+            margin=margin,
+            decoupled=decoupled,
+            hard_negative_beta=hard_negative_beta,
         )
-        if memory_bank_size != 0:
+        several = isinstance(memory_bank_size, (list, tuple))
+        sizes: list[Any] = [*memory_bank_size] if several else [memory_bank_size]  # type: ignore[misc]
+        if len(sizes) not in (1, 2) or not all(type(x) is int and x >= 0 for x in sizes):
             raise ValueError(
-                f"memory_bank_size must be 0, there is no memory bank yet; got {memory_bank_size!r}"
+                "memory_bank_size must be a number of rows, 0 for none, or (rows, components); got "
+                f"{memory_bank_size!r}"
             )
-        if gather_distributed:
+        if sizes[0] and gather_distributed:
             raise ValueError(
-                f"gather_distributed must be False, nothing is gathered yet; got "
-                f"{gather_distributed!r}"
+                "gather_distributed must be False with a memory bank, whose rows are the negatives;"
+                f" got {gather_distributed!r}"
             )
+        self.memory_bank_size = sizes[0]
+        self.gather_distributed = gather_distributed
+        self.memory_bank: MemoryBank | None = None
+        if len(sizes) == 2 and sizes[0]:
+            self.memory_bank = MemoryBank(sizes[0], sizes[1])
 
-    def forward(self, out0: Tensor, out1: Tensor) -> Any:
-        """The loss of two views, [N, D] each; ``(loss, stats)`` with ``return_stats``."""
-        return nt_xent(out0, out1, **self.options())
+    def forward(self, out0: Tensor, out1: Tensor, **per_row: Any) -> Any:
+        """The loss of two views, [N, D] each; ``(loss, stats)`` with ``return_stats``.
+
+        ``per_row`` are ``query_ids``, ``row_weight`` and ``ignore``.
+        """
+        if self.gather_distributed:
+            from ssl_fast import distributed
+
+            return distributed.nt_xent(out0, out1, **self.options(), **per_row)
+        if not self.memory_bank_size:
+            return nt_xent(out0, out1, **self.options(), **per_row)
+        accept_features("out1", out1, "[N, D]")
+        if self.memory_bank is None:
+            # lightly's bank takes its width from the first batch.
+            self.memory_bank = MemoryBank(self.memory_bank_size, out1.shape[1])
+            self.memory_bank.to(out1.device)
+        negatives = self.memory_bank.keys
+        if negatives.dtype is not out1.dtype:
+            negatives = negatives.to(out1.dtype)
+        result = info_nce(out0, out1, negatives, **self.options(), **per_row)
+        if out0.requires_grad:
+            rows = out1.detach()
+            rows = F.normalize(rows, dim=1) if self.normalize else rows
+            self.memory_bank.enqueue(rows, per_row.get("ignore"))
+        return result

@@ -1,15 +1,15 @@
 """pair_softmax: log-sum-exp of scaled products of all pairs of rows, never storing a pair.
 
 s_ij = query_scale_i key_scale_j <q_i, k_j>. A pair leaves the softmax where j - i is one of
-``diagonals`` or where query_ids[i] == key_ids[j]. The arguments of the operators
-``torch.ops.ssl_fast.pair_softmax`` and ``pair_softmax_backward`` are those of the backends'
-functions. The gradient is a second sweep; gradients of gradients are those of the reference
-formula, which stores the pairs.
+``diagonals``, where query_ids[i] == key_ids[j], or where either id is ``IGNORED_ID``. The arguments
+of the operators ``torch.ops.ssl_fast.pair_softmax``, ``pair_softmax_expectation`` and
+``pair_softmax_backward`` are those of the backends' functions. The gradient is a second sweep, or
+comes from the expected keys where the keys need none; gradients of gradients are those of the
+reference formula, which stores the pairs.
 """
 
 from __future__ import annotations
 
-import inspect
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,20 +17,30 @@ from torch import Tensor
 from torch.autograd import Function
 
 from ssl_fast.backends.reference import pair_softmax as reference
-from ssl_fast.backends.reference.pair_softmax import accumulation_dtype, inverse_norms, row_loss
-from ssl_fast.ops.registration import backend_module, register, without_autocast
+from ssl_fast.backends.reference.pair_softmax import row_loss
+from ssl_fast.backends.reference.pairs import IGNORED_ID, accumulation_dtype, inverse_norms
+from ssl_fast.ops.gradients import (
+    apart,
+    differentiated_again,
+    open_signature,
+    split_by_need,
+    vector_jacobian,
+    watched,
+    with_unsaved,
+)
+from ssl_fast.ops.registration import empty_like, empty_rows, implementation, register
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 __all__ = [
+    "IGNORED_ID",
     "RULES",
     "PairSoftmax",
     "accumulation_dtype",
     "inverse_norms",
     "pair_softmax",
     "row_loss",
-    "vector_jacobian",
 ]
 
 
@@ -40,40 +50,27 @@ class PairSoftmax(NamedTuple):
     row_lse: Tensor  # [N]
     row_max: Tensor  # [N]
     column_lse: Tensor  # [M], or [0] when not asked for
+    diagonal_logit: Tensor  # [N]: s_ij at j = i + diagonals[0], or [0] without a diagonal
 
 
-def implementation(name: str, key_at: int) -> Callable[..., Any]:
-    """The operator ``name``, whose keys are argument ``key_at``: choose a backend and call it."""
-
-    def run(*arguments: Any, backend: str = "") -> Any:
-        query = arguments[0]
-        shape = (query.shape[0], arguments[key_at].shape[0], query.shape[1])
-        function = getattr(backend_module("pair_softmax", query, shape, backend), name)
-        # Autocast is still on in here and would lower the reference's products.
-        with without_autocast(query.device.type):
-            return function(*arguments)
-
-    return run
+def _fake_pair_softmax(query: Tensor, key: Tensor, *rest: Any, **_: str) -> Any:
+    diagonals, columns = rest[-2:]
+    return (
+        empty_rows(query),
+        empty_rows(query),
+        empty_rows(key, None if columns else 0),
+        empty_rows(query, None if diagonals else 0),
+    )
 
 
-def empty_rows(features: Tensor, count: int | torch.SymInt | None = None) -> Tensor:
-    """An empty result with a number per row (or ``count`` of them)."""
-    size = features.shape[0] if count is None else count
-    return features.new_empty(size, dtype=accumulation_dtype(features))
-
-
-def empty_like(features: Tensor | None, needed: bool, other: Tensor) -> Tensor:
-    """An empty gradient of ``features``, [0] where it isn't needed."""
-    if features is None or not needed:
-        return other.new_empty(0)
-    return features.new_empty(features.shape)
-
-
-def _fake_pair_softmax(
-    query: Tensor, key: Tensor, *rest: Any, **_: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    columns = rest[-1]
-    return empty_rows(query), empty_rows(query), empty_rows(key) if columns else empty_rows(key, 0)
+def _fake_expectation(query: Tensor, _key: Tensor, *rest: Any, **_: str) -> Any:
+    wide = accumulation_dtype(query)
+    return (
+        empty_rows(query),
+        empty_rows(query),
+        empty_rows(query, None if rest[-1] else 0),
+        query.new_empty(query.shape, dtype=wide),
+    )
 
 
 def _fake_backward(query: Tensor, key: Tensor, *rest: Any, **_: str) -> Any:
@@ -90,67 +87,22 @@ RULES = "Tensor? query_ids, Tensor? key_ids, SymInt[] diagonals"
 _SCALED = f"Tensor query, Tensor key, Tensor query_scale, Tensor key_scale, {RULES}"
 
 _pair_softmax = register(
-    f'pair_softmax({_SCALED}, bool columns, *, str backend="") -> (Tensor, Tensor, Tensor)',
+    f'pair_softmax({_SCALED}, bool columns, *, str backend="") -> (Tensor, Tensor, Tensor, Tensor)',
     implementation("pair_softmax", 1),
     _fake_pair_softmax,
 )
+_pair_softmax_expectation = register(
+    f'pair_softmax_expectation({_SCALED}, *, str backend="") -> (Tensor, Tensor, Tensor, Tensor)',
+    implementation("pair_softmax_expectation", 1),
+    _fake_expectation,
+)
 _pair_softmax_backward = register(
     f"pair_softmax_backward({_SCALED}, Tensor row_lse, Tensor? column_lse, Tensor row_grad, "
-    'Tensor? column_grad, bool need_query, bool need_key, *, str backend="") '
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? column_grad, Tensor? diagonal_grad, bool need_query, bool need_key, *, "
+    'str backend="") -> (Tensor, Tensor, Tensor, Tensor)',
     implementation("pair_softmax_backward", 1),
     _fake_backward,
 )
-
-
-def open_signature(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Spare ``Function.apply`` the inspection of ``forward(*inputs)``, 15 µs in every call."""
-    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)]
-    )
-    return forward
-
-
-def differentiated_again() -> bool:
-    """Whether a backward that runs now may itself be differentiated.
-
-    Not so under torch.compile, which raises when it is asked for a second derivative.
-    """
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def apart(tensor: Tensor, *others: Tensor | None) -> Tensor:
-    """``tensor``, or a view where it is one of the others: torch.compile wants distinct inputs."""
-    if any(tensor is other for other in others):
-        return tensor.view_as(tensor)
-    return tensor
-
-
-def vector_jacobian(
-    function: Callable[..., tuple[Tensor, ...]],
-    inputs: Sequence[Tensor | None],
-    needed: Sequence[bool],
-    cotangents: tuple[Tensor, ...],
-) -> list[Tensor | None]:
-    """The gradient of <function(*inputs), cotangents> for the inputs needed.
-
-    torch.func, because it composes: this runs inside a backward, under autograd or torch.func.grad,
-    and can be differentiated again.
-    """
-    chosen = [i for i, need in enumerate(needed) if need and inputs[i] is not None]
-
-    def of_chosen(*values: Any) -> tuple[Tensor, ...]:
-        full: list[Any] = list(inputs)
-        for i, value in zip(chosen, values, strict=True):
-            full[i] = value
-        return function(*full)
-
-    found: list[Tensor | None] = [None] * len(inputs)
-    if chosen:
-        product: Any = torch.func.vjp(of_chosen, *(inputs[i] for i in chosen))
-        for i, grad in zip(chosen, product[1](cotangents), strict=True):
-            found[i] = grad
-    return found
 
 
 class _Sweep(Function):
@@ -165,14 +117,17 @@ class _Sweep(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.diagonals, ctx.columns, ctx.backend = inputs
-        row_lse, row_max, column_lse = output
-        ctx.mark_non_differentiable(*((row_max,) if ctx.columns else (row_max, column_lse)))
+        row_lse, row_max, column_lse, diagonal_logit = output
+        constant = [row_max]
+        constant += [] if ctx.columns else [column_lse]
+        constant += [] if ctx.diagonals else [diagonal_logit]
+        ctx.mark_non_differentiable(*constant)
         ctx.save_for_backward(*tensors, row_lse, column_lse)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        row_grad, _, column_grad = grads
+        row_grad, _, column_grad, diagonal_grad = grads
         *tensors, row_lse, column_lse = ctx.saved_tensors
         if row_grad is None:
             row_grad = torch.zeros_like(row_lse)
@@ -180,9 +135,11 @@ class _Sweep(Function):
             column_lse = column_grad = None
         else:
             column_grad = column_grad.contiguous()
+        if diagonal_grad is not None:
+            diagonal_grad = diagonal_grad.contiguous() if ctx.diagonals else None
         arguments = (
             *tensors, ctx.diagonals, row_lse, column_lse, row_grad.contiguous(), column_grad,
-            *ctx.needs_input_grad[:2],
+            diagonal_grad, *ctx.needs_input_grad[:2],
         )  # fmt: skip
         if differentiated_again():
             found = _SweepGradient.apply(*arguments, ctx.backend)  # type: ignore[no-untyped-call]
@@ -206,25 +163,70 @@ class _SweepGradient(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], _: Any) -> None:
         *tensors, ctx.diagonals = inputs[:7]
-        ctx.save_for_backward(*tensors, *inputs[7:11])
-        ctx.needs = inputs[11:13]
+        ctx.save_for_backward(*tensors, *inputs[7:12])
+        ctx.needs = inputs[12:14]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        *scaled, query_ids, key_ids, row_lse, column_lse, row_grad, column_grad = ctx.saved_tensors
+        *scaled, query_ids, key_ids = ctx.saved_tensors[:6]
+        given = ctx.saved_tensors[6:]  # lse of rows and columns; gradients of both, diagonal's
 
         def formula(*values: Any) -> Any:
             backward: Any = reference.pair_softmax_backward
             return backward(*values[:4], query_ids, key_ids, ctx.diagonals, *values[4:], *ctx.needs)
 
         needed = ctx.needs_input_grad
-        found = vector_jacobian(
-            formula,
-            (*scaled, row_lse, column_lse, row_grad, column_grad),
-            (*needed[:4], *needed[7:11]),
-            grads,
-        )
+        found = vector_jacobian(formula, (*scaled, *given), (*needed[:4], *needed[7:12]), grads)
         return *found[:4], None, None, None, *found[4:], None, None, None
+
+
+class _ExpectedKeys(Function):
+    """The rows' log-sum-exps where the keys need no gradient: a queue, finished in the forward.
+
+    The backward is made of the expected keys. It reads no key, so that the queue may have been
+    overwritten by then. For eager mode; inputs and outputs are those of ``_Sweep``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        *arguments, _, backend = inputs
+        row_lse, row_max, diagonal_logit, expectation = _pair_softmax_expectation(
+            *arguments, backend=backend
+        )
+        column_lse = row_lse.new_empty(0)
+        saved, ctx.unsaved = split_by_need(arguments[:6])
+        ctx.arguments = (arguments[6], backend)
+        ctx.mark_non_differentiable(row_max, column_lse, diagonal_logit)
+        # The scale's value is a factor of the query's gradient.
+        ctx.save_for_backward(*saved, arguments[2], row_lse, expectation)
+        ctx.set_materialize_grads(False)
+        return row_lse, row_max, column_lse, diagonal_logit
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        row_grad = grads[0]
+        *saved, query_scale, row_lse, expectation = ctx.saved_tensors
+        nothing: tuple[None, ...] = (None,) * 9
+        if row_grad is None:
+            return nothing
+        if differentiated_again():
+            tensors = with_unsaved(saved, ctx.unsaved)
+            diagonals, backend = ctx.arguments
+            found: Any = _SweepGradient.apply(  # type: ignore[no-untyped-call]
+                *tensors, diagonals, row_lse, None, row_grad.contiguous(), None, None,
+                ctx.needs_input_grad[0], False, backend,
+            )  # fmt: skip
+            wanted = ctx.needs_input_grad[0], False, ctx.needs_input_grad[2], False
+            return *(x if w else None for x, w in zip(found, wanted, strict=True)), *nothing[:5]
+        grad_query = grad_query_scale = None
+        if ctx.needs_input_grad[0]:
+            query = ctx.saved_tensors[0]
+            grad_query = (expectation * (row_grad * query_scale)[:, None]).to(query.dtype)
+        if ctx.needs_input_grad[2]:
+            query = saved[0] if saved[0] is not None else ctx.unsaved[0].read()
+            along = (query.to(expectation.dtype) * expectation).sum(dim=1)
+            grad_query_scale = row_grad * along
+        return grad_query, None, grad_query_scale, *nothing[:6]
 
 
 def pair_softmax(
@@ -241,14 +243,25 @@ def pair_softmax(
 ) -> PairSoftmax:
     """``torch.logsumexp(s, dim=1)`` and, with ``columns``, ``dim=0``, of the pairs kept.
 
-    Differentiable in query, key and both scales, to any order. Scales are fp32 (float64 beside
-    float64 features), ids int64. The compiled backends take a few diagonals (native 4, triton 3)
-    and raise ValueError for more.
+    Differentiable in query, key and both scales, to any order, through both log-sum-exps and
+    ``diagonal_logit``, the logits that the first diagonal takes out (0 where there is no such key).
+    Keys and key scales that need no gradient, a queue's, may be overwritten before the backward
+    where neither columns nor diagonals are asked for. Scales are fp32 (float64 beside float64
+    features), ids int64. The compiled backends take a few diagonals (native 4, triton 3) and raise
+    ValueError for more.
     """
     key = apart(key, query)
+    query_scale, key_scale = query_scale.contiguous(), key_scale.contiguous()
+    finished = (
+        torch.is_grad_enabled()
+        and not (columns or diagonals or watched())
+        and not (key.requires_grad or key_scale.requires_grad)
+        and (query.requires_grad or query_scale.requires_grad)
+    )
+    function = _ExpectedKeys if finished else _Sweep
     return PairSoftmax(
-        *_Sweep.apply(  # type: ignore[no-untyped-call]
-            query, key, query_scale.contiguous(), key_scale.contiguous(), query_ids, key_ids,
+        *function.apply(  # type: ignore[no-untyped-call]
+            query, key, query_scale, key_scale, query_ids, key_ids,
             list(diagonals), columns, backend or "",
         )
     )  # fmt: skip

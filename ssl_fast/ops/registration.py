@@ -10,16 +10,20 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ssl_fast.backends import dispatch
+from ssl_fast.backends.reference.pairs import accumulation_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = [
     "autocast_is_on",
-    "backend_module",
+    "empty_like",
+    "empty_rows",
     "first_derivative_only",
+    "implementation",
     "register",
     "without_autocast",
 ]
@@ -50,11 +54,6 @@ first_derivative_only = register(
 )
 
 
-def backend_module(op: str, features: torch.Tensor, shape: tuple[int, ...], backend: str) -> Any:
-    """The module that serves ``op`` for ``features``; "" lets the dispatcher choose."""
-    return dispatch.select(op, features.device.type, features.dtype, shape, backend)
-
-
 def autocast_is_on(device_type: str) -> bool:
     """Whether products on such a device are lowered now; a meta device knows no autocast."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
@@ -65,3 +64,34 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     if autocast_is_on(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+def implementation(name: str, key_at: int, op: str = "pair_softmax") -> Callable[..., Any]:
+    """The operator ``name`` of ``op``, whose keys are argument ``key_at``: choose a backend, call.
+
+    ``backend`` "" lets the dispatcher choose.
+    """
+
+    def run(*arguments: Any, backend: str = "") -> Any:
+        query = arguments[0]
+        device_type = query.device.type
+        shape = (query.shape[0], arguments[key_at].shape[0], query.shape[1])
+        function = getattr(dispatch.select(op, device_type, query.dtype, shape, backend), name)
+        # Autocast is still on in here and would lower the reference's products.
+        with without_autocast(device_type):
+            return function(*arguments)
+
+    return run
+
+
+def empty_rows(features: Tensor, count: int | torch.SymInt | None = None) -> Tensor:
+    """An empty result with a number per row (or ``count`` of them)."""
+    size = features.shape[0] if count is None else count
+    return features.new_empty(size, dtype=accumulation_dtype(features))
+
+
+def empty_like(features: Tensor | None, needed: bool, other: Tensor) -> Tensor:
+    """An empty gradient of ``features``, [0] where it isn't needed."""
+    if features is None or not needed:
+        return other.new_empty(0)
+    return features.new_empty(features.shape)

@@ -22,7 +22,7 @@ def refuses(op: str, device_type: str, dtype: torch.dtype, shape: tuple[int, ...
     """Why the C++ kernels can't serve such a call, or None."""
     if _missing is not None:
         return _missing
-    if op != "pair_softmax":
+    if op not in ("pair_softmax", "pair_sigmoid"):
         return f"there is no C++ kernel for {op}"
     if device_type != "cpu":
         return f"the C++ kernels read CPU memory, not {device_type}"

@@ -1,20 +1,32 @@
 """pair_softmax on the CPU: from tensors to the pointers of csrc/cpu/pair_softmax.cpp.
 
-Everything is allocated here: results, gradients, and a workspace that grows with
-threads x block x keys, never with queries x keys. The functions and their arguments are the
-reference's (backends/reference/pair_softmax.py).
+The functions and their arguments are the reference's (backends/reference/pair_softmax.py).
 """
 
 from __future__ import annotations
 
-import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ssl_fast import _native
 from ssl_fast.backends.native import DTYPES
+from ssl_fast.backends.native.arrays import (
+    address,
+    check,
+    gradient,
+    hold,
+    ids_of,
+    rows_of,
+    run,
+    vector,
+)
+from ssl_fast.backends.native.pair_softmax_symmetric import (
+    pair_softmax_symmetric,
+    pair_softmax_symmetric_backward,
+    pair_softmax_symmetric_loss,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,53 +34,15 @@ if TYPE_CHECKING:
 __all__ = [
     "pair_softmax",
     "pair_softmax_backward",
+    "pair_softmax_expectation",
     "pair_softmax_loss",
+    "pair_softmax_symmetric",
+    "pair_softmax_symmetric_backward",
     "pair_softmax_symmetric_loss",
 ]
 
-# A smaller buffer spans no huge page.
-_HUGE_PAGE = 2 << 20
-# Up to this many bytes each thread keeps its workspace: a small loss then touches no fresh pages.
-_KEPT = 2 << 20
-_thread = threading.local()
-# What the kernels read beside features and ids, by length.
-_PER_ROW = frozenset(("query_scale", "row_lse", "row_grad"))
-_PER_KEY = frozenset(("key_scale", "column_lse", "column_grad"))
-
-
-def _check(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """What a kernel is about to read by its address is what it will take it for."""
-    if value.device.type != "cpu" or value.dtype is not dtype or value.shape != shape:
-        raise ValueError(
-            f"{name} must be a {dtype} tensor of shape {shape} on the CPU; got a {value.dtype} "
-            f"tensor of shape {tuple(value.shape)} on {value.device}"
-        )
-
-
-def _rows(features: Tensor) -> Tensor:
-    """The features with contiguous rows; any distance between them will do."""
-    features = features.resolve_neg()
-    return features if features.stride(1) == 1 or features.shape[1] == 1 else features.contiguous()
-
-
-def _address(rows: Tensor) -> tuple[int, int]:
-    return rows.data_ptr(), rows.stride(0)
-
-
-def _pointer(vector: Tensor | None) -> int | None:
-    return None if vector is None else vector.data_ptr()
-
-
-def _run(prepared: Any) -> None:
-    size = prepared.workspace_bytes()
-    if size > _KEPT:
-        workspace = torch.empty(size, dtype=torch.uint8)
-    else:
-        kept: Tensor | None = getattr(_thread, "workspace", None)
-        if kept is None:
-            kept = _thread.workspace = torch.empty(_KEPT, dtype=torch.uint8)
-        workspace = kept
-    prepared.run(workspace.data_ptr())
+# The vectors that a kernel reads or writes, by their length; all others are [N].
+_PER_KEY = frozenset(("key_scale", "column_lse", "column_grad", "grad_key_scale"))
 
 
 def _sweep(
@@ -80,59 +54,45 @@ def _sweep(
     key_ids: Tensor | None,  # [M]
     diagonals: Sequence[int],
     normalize: bool,
+    features: dict[str, Tensor | None],
     **vectors: Tensor | None,
 ) -> None:
+    """Run a kernel; ``features`` are the [*, D] results that it writes, fresh and contiguous."""
     n, m, d = query.shape[0], key.shape[0], query.shape[1]
-    _check("query", query, (n, d), query.dtype)
-    _check("key", key, (m, d), query.dtype)
+    check("query", query, (n, d), query.dtype)
+    check("key", key, (m, d), query.dtype)
     if positive is not None:
-        _check("positive", positive, (n, d), query.dtype)
-    for name, rows, given in (("query_ids", n, query_ids), ("key_ids", m, key_ids)):
-        if given is not None:
-            _check(name, given, (rows,), torch.int64)
-    for name, vector in vectors.items():
-        if vector is not None and name in _PER_ROW:
-            _check(name, vector, (n,), torch.float32)
-        elif vector is not None and name in _PER_KEY:
-            _check(name, vector, (m,), torch.float32)
+        check("positive", positive, (n, d), query.dtype)
     # Contiguous copies must outlive the call: they are held by these names.
-    query, key = _rows(query), _rows(key)
-    positive = None if positive is None else _rows(positive)
-    ids = [None if i is None else i.contiguous() for i in (query_ids, key_ids)]
-    held = {
-        name: v if v.is_contiguous() else v.contiguous()
-        for name, v in vectors.items()
-        if v is not None
-    }
-    _run(
+    query, key = rows_of(query), rows_of(key)
+    positive = None if positive is None else rows_of(positive)
+    query_ids, key_ids = ids_of("query_ids", query_ids, n), ids_of("key_ids", key_ids, m)
+    lengths = {name: None if name == "scale" else m if name in _PER_KEY else n for name in vectors}
+    held = hold({name: (vectors[name], lengths[name]) for name in vectors})
+    written = {name: value for name, value in features.items() if value is not None}
+    run(
         _native.pair_softmax(
             kind,
             DTYPES[query.dtype],
             n,
             m,
             d,
-            _address(query),
-            _address(key),
-            None if positive is None else _address(positive),
+            address(query),
+            address(key),
+            None if positive is None else address(positive),
             list(diagonals),
-            _pointer(ids[0]),
-            _pointer(ids[1]),
+            None if query_ids is None else query_ids.data_ptr(),
+            None if key_ids is None else key_ids.data_ptr(),
             normalize,
             torch.get_num_threads(),
-            {name: v.data_ptr() for name, v in held.items()},
+            {name: value.data_ptr() for name, value in (*held.items(), *written.items())},
         )
     )
 
 
-def _vector(count: int) -> Tensor:
-    return torch.empty(count, dtype=torch.float32)
-
-
-def _gradient(features: Tensor, needed: bool) -> Tensor:
-    gradient = torch.empty(features.shape if needed else 0, dtype=features.dtype)
-    if gradient.nbytes >= _HUGE_PAGE:
-        _native.advise_huge_pages(gradient.data_ptr(), gradient.nbytes)
-    return gradient
+def _diagonal_logit(query: Tensor, diagonals: Sequence[int]) -> Tensor:
+    """0 where the column doesn't exist, which the kernel leaves as it is."""
+    return torch.zeros(query.shape[0] if diagonals else 0, dtype=torch.float32)
 
 
 def pair_softmax(
@@ -144,22 +104,40 @@ def pair_softmax(
     key_ids: Tensor | None,  # [M]
     diagonals: Sequence[int],
     columns: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Row log-sum-exps, row maxima and, in a second sweep with the roles swapped, column ones."""
-    n, m = query.shape[0], key.shape[0]
-    row_lse, row_max = _vector(n), _vector(n)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-sum-exps of rows and columns, row maxima and the first diagonal's logits in one sweep."""
+    row_lse, row_max = vector(query.shape[0]), vector(query.shape[0])
+    column_lse = vector(key.shape[0] if columns else 0)
+    diagonal_logit = _diagonal_logit(query, diagonals)
+    _sweep(
+        "forward", query, key, None, query_ids, key_ids, diagonals, False, {},
+        query_scale=query_scale, key_scale=key_scale, row_lse=row_lse, row_max=row_max,
+        column_lse=column_lse if columns else None,
+        diagonal_logit=diagonal_logit if diagonals else None,
+    )  # fmt: skip
+    return row_lse, row_max, column_lse, diagonal_logit
+
+
+def pair_softmax_expectation(
+    query: Tensor,  # [N, D]
+    key: Tensor,  # [M, D]
+    query_scale: Tensor,  # [N]
+    key_scale: Tensor,  # [M]
+    query_ids: Tensor | None,  # [N]
+    key_ids: Tensor | None,  # [M]
+    diagonals: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same and the rows' mean key in one sweep of two products, after which no key is read."""
+    row_lse, row_max = vector(query.shape[0]), vector(query.shape[0])
+    diagonal_logit = _diagonal_logit(query, diagonals)
+    expectation = gradient(query, True, torch.float32)
     _sweep(
         "forward", query, key, None, query_ids, key_ids, diagonals, False,
+        {"expectation": expectation},
         query_scale=query_scale, key_scale=key_scale, row_lse=row_lse, row_max=row_max,
+        diagonal_logit=diagonal_logit if diagonals else None,
     )  # fmt: skip
-    column_lse = _vector(m if columns else 0)
-    if columns:
-        _sweep(
-            "forward", key, query, None, key_ids, query_ids, [-d for d in diagonals], False,
-            query_scale=key_scale, key_scale=query_scale, row_lse=column_lse,
-            row_max=_vector(m),
-        )  # fmt: skip
-    return row_lse, row_max, column_lse
+    return row_lse, row_max, diagonal_logit, expectation
 
 
 def pair_softmax_backward(
@@ -174,20 +152,23 @@ def pair_softmax_backward(
     column_lse: Tensor | None,  # [M]
     row_grad: Tensor,  # [N]
     column_grad: Tensor | None,  # [M]
+    diagonal_grad: Tensor | None,  # [N]
     need_query: bool,
     need_key: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the features and of both scales: logits recomputed, two more products."""
-    grad_query, grad_key = _gradient(query, need_query), _gradient(key, need_key)
-    grad_query_scale = _vector(query.shape[0])
-    grad_key_scale = _vector(key.shape[0])
+    grad_query, grad_key = gradient(query, need_query), gradient(key, need_key)
+    grad_query_scale = vector(query.shape[0])
+    grad_key_scale = vector(key.shape[0])
     # The scale of the keys comes from the same sums as their gradient, so these are always made.
-    key_sums = grad_key if need_key else _gradient(key, True)
+    key_sums = grad_key if need_key else gradient(key, True)
+    columns = column_lse is not None and column_grad is not None
     _sweep(
         "backward", query, key, None, query_ids, key_ids, diagonals, False,
+        {"grad_query": grad_query if need_query else None, "grad_key": key_sums},
         query_scale=query_scale, key_scale=key_scale, row_lse=row_lse, row_grad=row_grad,
-        column_lse=column_lse, column_grad=column_grad,
-        grad_query=grad_query if need_query else None, grad_key=key_sums,
+        column_lse=column_lse if columns else None, column_grad=column_grad if columns else None,
+        diagonal_grad=diagonal_grad if diagonals else None,
         grad_query_scale=grad_query_scale, grad_key_scale=grad_key_scale,
     )  # fmt: skip
     return grad_query, grad_key, grad_query_scale, grad_key_scale
@@ -208,53 +189,20 @@ def pair_softmax_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss per row and the gradients of its sum, three products in one call."""
     n = query.shape[0]
-    _check("scale", scale, (), torch.float32)
-    loss, row_lse, positive_logit, row_max = (_vector(n) for _ in range(4))
+    loss, row_lse, positive_logit, row_max = (vector(n) for _ in range(4))
     need_positive = need_positive and positive is not None
-    grad_query = _gradient(query, need_query)
-    grad_positive = _gradient(query, need_positive)
-    grad_key = _gradient(key, need_key)
-    grad_scale = _vector(n if need_query or need_positive or need_key else 0)
+    grad_query = gradient(query, need_query)
+    grad_positive = gradient(query, need_positive)
+    grad_key = gradient(key, need_key)
+    grad_scale = vector(n if need_query or need_positive or need_key else 0)
     _sweep(
         "loss", query, key, positive, query_ids, key_ids, diagonals, normalize,
+        {
+            "grad_query": grad_query if need_query else None,
+            "grad_positive": grad_positive if need_positive else None,
+            "grad_key": grad_key if need_key else None,
+        },
         scale=scale, loss=loss, row_lse=row_lse, positive_logit=positive_logit, row_max=row_max,
-        grad_query=grad_query if need_query else None,
-        grad_positive=grad_positive if need_positive else None,
-        grad_key=grad_key if need_key else None,
         grad_scale=grad_scale if need_query or need_positive or need_key else None,
     )  # fmt: skip
     return loss, row_lse, positive_logit, row_max, grad_query, grad_positive, grad_key, grad_scale
-
-
-def pair_softmax_symmetric_loss(
-    features: Tensor,  # [2N, D]
-    scale: Tensor,  # []
-    normalize: bool,
-    need_features: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """NT-Xent on half of the tiles, two products in all. Only the sum of grad_scale is defined."""
-    n = features.shape[0]
-    _check("features", features, (n // 2 * 2, features.shape[1]), features.dtype)
-    _check("scale", scale, (), torch.float32)
-    rows = _rows(features)
-    loss, row_lse, positive_logit, row_max = (_vector(n) for _ in range(4))
-    grad_features = _gradient(features, need_features)
-    grad_scale = _vector(n if need_features else 0)
-    _run(
-        _native.pair_softmax_symmetric(
-            DTYPES[rows.dtype],
-            n // 2,
-            rows.shape[1],
-            _address(rows),
-            scale.data_ptr(),
-            normalize,
-            torch.get_num_threads(),
-            loss.data_ptr(),
-            row_lse.data_ptr(),
-            positive_logit.data_ptr(),
-            row_max.data_ptr(),
-            grad_features.data_ptr() if need_features else None,
-            grad_scale.data_ptr() if need_features else None,
-        )
-    )
-    return loss, row_lse, positive_logit, row_max, grad_features, grad_scale

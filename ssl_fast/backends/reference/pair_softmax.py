@@ -1,92 +1,55 @@
 """pair_softmax in plain torch: the definition.
 
 Everything here is differentiable torch without in-place writes, because the second derivatives of
-every backend are the derivatives of these functions. Rows go in chunks with ``CHUNK_BYTES`` of
-logits, of which about four arrays exist at once: 256 MB (more only while autograd is recording).
+every backend are the derivatives of these functions. Rows go in chunks with
+``pairs.CHUNK_BYTES`` of logits, of which about four arrays exist at once: 256 MB (more only while
+autograd is recording).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssl_fast.backends.reference.pairs import (
+    IGNORED_ID,
+    accumulation_dtype,
+    chunks,
+    diagonal_range,
+    excluded_pairs,
+    inverse_norms,
+    log_sum_exp,
+    on_diagonal,
+    pad_rows,
+    pair_diagonal,
+    through_norm,
+    unit_rows,
+)
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
 __all__ = [
+    "IGNORED_ID",
     "accumulation_dtype",
     "inverse_norms",
     "pair_softmax",
     "pair_softmax_backward",
+    "pair_softmax_expectation",
     "pair_softmax_loss",
+    "pair_softmax_symmetric",
+    "pair_softmax_symmetric_backward",
     "pair_softmax_symmetric_loss",
     "row_loss",
 ]
-
-CHUNK_BYTES = 64 * 2**20
-SMALLEST_NORM = 1e-12  # torch.nn.functional.normalize's eps
-
-
-def accumulation_dtype(features: Tensor) -> torch.dtype:
-    """float64 for float64 features, float32 for all others."""
-    return torch.float64 if features.dtype is torch.float64 else torch.float32
-
-
-def inverse_norms(features: Tensor) -> Tensor:
-    """1 / |row| of features [N, D] in the accumulation dtype, [N]; 0 for a zero row."""
-    wide = features.to(accumulation_dtype(features))
-    squares = (wide * wide).sum(dim=1)
-    zero = squares <= SMALLEST_NORM**2
-    # The inner where keeps 1/0 out of the derivatives, at every order.
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, squares).rsqrt())
 
 
 def row_loss(row_lse: Tensor, positive_logit: Tensor) -> Tensor:
     """softplus(lse over the negatives - positive logit), exact in relative terms near zero."""
     return -F.logsigmoid(positive_logit - row_lse)
-
-
-def _chunks(rows: int, columns: int, itemsize: int) -> Iterator[tuple[int, int]]:
-    """Ranges of rows whose logits fit CHUNK_BYTES."""
-    step = max(1, CHUNK_BYTES // max(1, columns * itemsize))
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
-
-
-def _excluded(
-    start: int,
-    stop: int,
-    key: Tensor,  # [M, D]
-    query_ids: Tensor | None,  # [N]
-    key_ids: Tensor | None,  # [M]
-    diagonals: Sequence[int],
-) -> Tensor | None:
-    """The pairs that leave the softmax, bool [stop - start, M], or None when no rule is given."""
-    excluded = None
-    if query_ids is not None and key_ids is not None:
-        excluded = query_ids[start:stop, None] == key_ids
-    if diagonals:
-        columns = torch.arange(key.shape[0], device=key.device)
-        rows = torch.arange(start, stop, device=key.device)
-        for diagonal in diagonals:
-            on_diagonal = columns == (rows + diagonal)[:, None]
-            excluded = on_diagonal if excluded is None else excluded | on_diagonal
-    return excluded
-
-
-def _log_sum_exp(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and maximum along dim.
-
-    torch.logsumexp, but its gradient is 0 and not NaN where everything is -inf.
-    """
-    maximum = logits.detach().amax(dim=dim)
-    shift = torch.where(torch.isfinite(maximum), maximum, 0.0)
-    total = (logits - shift.unsqueeze(dim)).exp().sum(dim=dim)
-    empty = total == 0.0
-    return torch.where(empty, -torch.inf, torch.where(empty, 1.0, total).log() + shift), maximum
 
 
 def pair_softmax(
@@ -98,34 +61,105 @@ def pair_softmax(
     key_ids: Tensor | None,  # [M]
     diagonals: Sequence[int],
     columns: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-sum-exp of s_ij = query_scale_i key_scale_j <q_i, k_j> over the pairs kept.
 
-    Gives row_lse [N], row_max [N] and column_lse [M] ([0] unless ``columns``).
+    A pair leaves where j - i is one of ``diagonals``, where the ids are equal, or where one of them
+    is IGNORED_ID. Gives row_lse [N], row_max [N], column_lse [M] ([0] unless ``columns``) and
+    diagonal_logit [N], s_ij at j = i + diagonals[0]: 0 where that column doesn't exist, [0] without
+    diagonals.
     """
     wide = accumulation_dtype(query)
     queries, keys = query.to(wide), key.to(wide)
     rows, width = query.shape[0], key.shape[0]
     nothing = query_scale.new_full((0,), -torch.inf)
     row_lse, row_max, column_lse = [nothing], [nothing], [key_scale.new_full((width,), -torch.inf)]
-    for start, stop in _chunks(rows, width, queries.element_size()):
+    for start, stop in chunks(rows, width, queries.element_size()):
         if width == 0:
             row_lse.append(query_scale.new_full((stop - start,), -torch.inf))
             row_max.append(query_scale.new_full((stop - start,), -torch.inf))
             continue
         logits = (queries[start:stop] @ keys.T) * key_scale * query_scale[start:stop, None]
-        excluded = _excluded(start, stop, keys, query_ids, key_ids, diagonals)
+        excluded = excluded_pairs(start, stop, keys, query_ids, key_ids, diagonals)
         if excluded is not None:
             logits = logits.masked_fill(excluded, -torch.inf)
-        lse, maximum = _log_sum_exp(logits, dim=1)
+        lse, maximum = log_sum_exp(logits, dim=1)
         row_lse.append(lse)
         row_max.append(maximum)
         if columns:
-            column_lse.append(_log_sum_exp(logits, dim=0)[0])
+            column_lse.append(log_sum_exp(logits, dim=0)[0])
     merged = (
-        _log_sum_exp(torch.stack(column_lse), dim=0)[0] if columns and width else nothing.clone()
+        log_sum_exp(torch.stack(column_lse), dim=0)[0] if columns and width else nothing.clone()
     )
-    return torch.cat(row_lse), torch.cat(row_max), merged
+    diagonal_logit = _diagonal_logit(queries, keys, query_scale, key_scale, diagonals)
+    return torch.cat(row_lse), torch.cat(row_max), merged, diagonal_logit
+
+
+def _diagonal_logit(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    query_scale: Tensor,  # [N]
+    key_scale: Tensor,  # [M]
+    diagonals: Sequence[int],
+) -> Tensor:
+    if not diagonals:
+        return query_scale.new_empty(0)
+    products = pair_diagonal(queries, keys * key_scale[:, None], diagonals[0])
+    return products * query_scale
+
+
+def _diagonal_gradient(
+    queries: Tensor,  # [N, D]
+    keys: Tensor,  # [M, D]
+    query_scale: Tensor,  # [N]
+    key_scale: Tensor,  # [M]
+    diagonal: int,
+    grad: Tensor,  # [N]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of sum(grad * diagonal_logit) for both features and both scales."""
+    rows, columns = queries.shape[0], keys.shape[0]
+    row, column, count = diagonal_range(rows, columns, diagonal)
+    of_row, of_column = slice(row, row + count), slice(column, column + count)
+    scaled_query = grad[of_row, None] * query_scale[of_row, None] * queries[of_row]
+    scaled_key = key_scale[of_column, None] * keys[of_column]
+    to_query = (grad * query_scale)[of_row, None] * scaled_key
+    to_key = key_scale[of_column, None] * scaled_query
+    to_query_scale = grad[of_row] * (queries[of_row] * scaled_key).sum(dim=1)
+    to_key_scale = (scaled_query * keys[of_column]).sum(dim=1)
+    return (
+        pad_rows(to_query, row, rows),
+        pad_rows(to_key, column, columns),
+        pad_rows(to_query_scale, row, rows),
+        pad_rows(to_key_scale, column, columns),
+    )
+
+
+def pair_softmax_expectation(
+    query: Tensor,  # [N, D]
+    key: Tensor,  # [M, D]
+    query_scale: Tensor,  # [N]
+    key_scale: Tensor,  # [M]
+    query_ids: Tensor | None,  # [N]
+    key_ids: Tensor | None,  # [M]
+    diagonals: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """pair_softmax without columns, and the scaled keys' mean under each row's softmax.
+
+    Gives row_lse, row_max, diagonal_logit (each as pair_softmax does) and expectation [N, D],
+    sum_j exp(s_ij - row_lse_i) key_scale_j k_j in the accumulation dtype, 0 where no pair is kept.
+    The gradient of row_lse_i is query_scale_i expectation_i for q_i and <q_i, expectation_i> for
+    query_scale_i: a backward that needs no keys.
+    """
+    scaled = (query, key, query_scale, key_scale)
+    rules = (query_ids, key_ids, diagonals)
+    row_lse, row_max, _, diagonal_logit = pair_softmax(*scaled, *rules, False)
+    ones = torch.ones_like(query_scale)
+    wide = accumulation_dtype(query)
+    queries = query.to(wide) * query_scale[:, None]
+    expectation, *_ = pair_softmax_backward(
+        queries, key.to(wide), ones, key_scale, *rules, row_lse, None, ones, None, None, True, False
+    )
+    return row_lse, row_max, diagonal_logit, expectation
 
 
 def pair_softmax_backward(
@@ -140,14 +174,16 @@ def pair_softmax_backward(
     column_lse: Tensor | None,  # [M]
     row_grad: Tensor,  # [N]
     column_grad: Tensor | None,  # [M]
+    diagonal_grad: Tensor | None,  # [N]
     need_query: bool,
     need_key: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradient of sum(row_grad * row_lse) + sum(column_grad * column_lse).
+    """The gradient of the forward's results, each weighed by its ``grad`` and summed.
 
-    Gives grad_query [N, D] and grad_key [M, D] ([0] where not needed), grad_query_scale [N] and
-    grad_key_scale [M]. The log-sum-exps may be those over more keys than these: each set of keys
-    then gives its part.
+    That is of sum(row_grad row_lse) + sum(column_grad column_lse) + sum(diagonal_grad
+    diagonal_logit). Gives grad_query [N, D] and grad_key [M, D] ([0] where not needed),
+    grad_query_scale [N] and grad_key_scale [M]. The log-sum-exps may be those over more keys than
+    these: each set of keys then gives its part.
     """
     wide = accumulation_dtype(query)
     queries, keys = query.to(wide), key.to(wide)
@@ -158,17 +194,21 @@ def pair_softmax_backward(
     column_shift = None
     if column_lse is not None:
         column_shift = torch.where(column_lse == -torch.inf, 0.0, column_lse)
-    for start, stop in _chunks(query.shape[0], width, queries.element_size()):
+    own_weights = diagonal_grad is not None and len(diagonals) > 0
+    for start, stop in chunks(query.shape[0], width, queries.element_size()):
         rows = queries[start:stop]
         row_scale = query_scale[start:stop, None]
         products = rows @ keys.T  # [n, M]
         logits = products * key_scale * row_scale
-        excluded = _excluded(start, stop, keys, query_ids, key_ids, diagonals)
+        excluded = excluded_pairs(start, stop, keys, query_ids, key_ids, diagonals)
         if excluded is not None:
             logits = logits.masked_fill(excluded, -torch.inf)
         weights = row_grad[start:stop, None] * (logits - row_shift[start:stop, None]).exp()
         if column_shift is not None and column_grad is not None:
             weights = weights + column_grad * (logits - column_shift).exp()
+        if own_weights:
+            # Not 0 yet where a log-sum-exp is NaN.
+            weights = weights.masked_fill(on_diagonal(start, stop, keys, diagonals[0]), 0.0)
         by_query = weights * row_scale
         weights = weights * key_scale
         grad_query_scale.append((weights * products).sum(dim=1))
@@ -177,28 +217,18 @@ def pair_softmax_backward(
             grad_query.append((weights @ keys) * row_scale)
         if need_key:
             grad_key = grad_key + by_query.T @ rows
+    made = [torch.cat(grad_query), grad_key * key_scale[:, None]]
+    made += [torch.cat(grad_query_scale), grad_key_scale]
+    if own_weights and diagonal_grad is not None:
+        own = _diagonal_gradient(queries, keys, query_scale, key_scale, diagonals[0], diagonal_grad)
+        needs = (need_query, need_key, True, True)
+        made = [x + y if need else x for x, y, need in zip(made, own, needs, strict=True)]
     return (
-        torch.cat(grad_query).to(query.dtype) if need_query else query.new_empty(0),
-        (grad_key * key_scale[:, None]).to(key.dtype) if need_key else key.new_empty(0),
-        torch.cat(grad_query_scale),
-        grad_key_scale,
+        made[0].to(query.dtype) if need_query else query.new_empty(0),
+        made[1].to(key.dtype) if need_key else key.new_empty(0),
+        made[2],
+        made[3],
     )
-
-
-def _unit(features: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """Rows [N, D] in the accumulation dtype, divided by their norms on request; inverse norms."""
-    wide = features.to(accumulation_dtype(features))
-    if not normalize:
-        return wide, None
-    inverse = inverse_norms(wide)[:, None]
-    return wide * inverse, inverse
-
-
-def _through_norm(grad: Tensor, unit: Tensor, inverse: Tensor | None) -> Tensor:
-    """The gradient for rows [N, D] from the gradient for the same rows divided by their norms."""
-    if inverse is None:
-        return grad
-    return inverse * (grad - unit * (unit * grad).sum(dim=1, keepdim=True))
 
 
 def pair_softmax_loss(
@@ -222,15 +252,15 @@ def pair_softmax_loss(
     where not needed), and d loss_i / d scale [N] ([0] when no gradient is needed).
     """
     rows = query.shape[0]
-    queries, query_inverse = _unit(query, normalize)
-    keys, key_inverse = _unit(key, normalize)
+    queries, query_inverse = unit_rows(query, normalize)
+    keys, key_inverse = unit_rows(key, normalize)
     if positive is None:
         positives, positive_inverse = keys[:rows], None
     else:
-        positives, positive_inverse = _unit(positive, normalize)
+        positives, positive_inverse = unit_rows(positive, normalize)
     query_scale, key_scale = scale.expand(rows), keys.new_ones(keys.shape[0])
     rules = (query_ids, key_ids, diagonals)
-    row_lse, row_max, _ = pair_softmax(queries, keys, query_scale, key_scale, *rules, False)
+    row_lse, row_max, *_ = pair_softmax(queries, keys, query_scale, key_scale, *rules, False)
     similarity = (queries * positives).sum(dim=1)
     positive_logit = scale * similarity
     losses = row_loss(row_lse, positive_logit), row_lse, positive_logit, row_max
@@ -240,19 +270,19 @@ def pair_softmax_loss(
 
     weight = torch.sigmoid(row_lse - positive_logit)
     grad_query, grad_key, grad_scale, _ = pair_softmax_backward(
-        queries, keys, query_scale, key_scale, *rules, row_lse, None, weight, None,
+        queries, keys, query_scale, key_scale, *rules, row_lse, None, weight, None, None,
         need_query, need_key,
     )  # fmt: skip
     pull = (scale * weight)[:, None]
     grad_positive = -pull * queries
     if need_query:
-        grad_query = _through_norm(grad_query - pull * positives, queries, query_inverse)
+        grad_query = through_norm(grad_query - pull * positives, queries, query_inverse)
     if need_key:
         if positive is None:
             grad_key = grad_key + F.pad(grad_positive, (0, 0, 0, key.shape[0] - rows))
-        grad_key = _through_norm(grad_key, keys, key_inverse)
+        grad_key = through_norm(grad_key, keys, key_inverse)
     if positive is not None and need_positive:
-        grad_positive = _through_norm(grad_positive, positives, positive_inverse)
+        grad_positive = through_norm(grad_positive, positives, positive_inverse)
     else:
         grad_positive = none
     return (
@@ -262,6 +292,58 @@ def pair_softmax_loss(
         grad_key.to(key.dtype),
         grad_scale - weight * similarity,
     )
+
+
+def _symmetric(
+    features: Tensor,  # [N, D]
+    scale: Tensor,  # []
+    row_scale: Tensor,  # [N]
+    ids: Tensor | None,  # [N]
+    pairs: int,
+) -> tuple[Any, ...]:
+    """The same sweep as arguments of the functions with queries and keys."""
+    diagonals = (0, pairs, -pairs) if pairs > 0 else (0,)
+    return features, features, scale * row_scale, row_scale, ids, ids, diagonals
+
+
+def pair_softmax_symmetric(
+    features: Tensor,  # [N, D]
+    scale: Tensor,  # []
+    row_scale: Tensor,  # [N]
+    ids: Tensor | None,  # [N]
+    pairs: int,
+) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp [N] and maximum [N] of s_ij = scale row_scale_i row_scale_j <x_i, x_j>.
+
+    A row leaves its own softmax, as do rows with its id, rows where either id is IGNORED_ID and,
+    with ``pairs`` above 0, the rows that many further on and back.
+    """
+    sweep: Any = pair_softmax
+    lse, maximum, *_ = sweep(*_symmetric(features, scale, row_scale, ids, pairs), False)
+    return lse, maximum
+
+
+def pair_softmax_symmetric_backward(
+    features: Tensor,  # [N, D]
+    scale: Tensor,  # []
+    row_scale: Tensor,  # [N]
+    ids: Tensor | None,  # [N]
+    pairs: int,
+    lse: Tensor,  # [N]
+    row_grad: Tensor,  # [N]
+) -> tuple[Tensor, Tensor]:
+    """Gradient of sum(row_grad * lse): grad_features [N, D] and moment [N].
+
+    moment_i = sum_j (W_ij + W_ji) row_scale_j <x_i, x_j>, W_ij = row_grad_i exp(s_ij - lse_i). The
+    gradient for row_scale is scale * moment, that for scale 0.5 sum(row_scale * moment).
+    """
+    # s_ij = s_ji: the columns' log-sum-exps are the rows', and W_ij + W_ji one pair's weight.
+    arguments = _symmetric(features, scale, row_scale, ids, pairs)
+    backward: Any = pair_softmax_backward
+    grad_features, _, moment, _ = backward(
+        *arguments, lse, lse, row_grad, row_grad, None, True, False
+    )
+    return grad_features, moment
 
 
 def pair_softmax_symmetric_loss(

@@ -7,11 +7,12 @@ import torch
 
 # Rows are counted in int32 inside the kernels, where two such numbers are added at most.
 MOST_ROWS = 2**30
+OPS = ("pair_softmax", "pair_sigmoid")
 
 
 def refuses(op: str, device_type: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
     """Why this backend can't serve a call, or None; shape is the sizes of the sweep, (N, M, D)."""
-    if op != "pair_softmax":
+    if op not in OPS:
         return f"it has no kernel for {op}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"

@@ -27,8 +27,8 @@ def _properties(device: torch.device) -> tuple[str, int]:
     return tuning.architecture_of(capability), processors
 
 
-def config_for(op: str, *features: Tensor) -> tuning.Config:
-    """The tuning table's row for a product of these features on their device."""
+def config_for(op: str, *features: Tensor, ids: bool = False) -> tuning.Config:
+    """The tuning table's row for a product of these features on their device, with ids or not."""
     architecture, _ = _properties(features[0].device)
     if architecture == "interpreter":
         return tuning.INTERPRETER
@@ -37,7 +37,7 @@ def config_for(op: str, *features: Tensor) -> tuning.Config:
     numbers = [n for x in features for n in (x.shape[1], x.stride(0), x.data_ptr())]
     if any(number % 16 for number in numbers):
         architecture = "generic"
-    return tuning.lookup(op, features[0].dtype, features[0].shape[1], architecture)
+    return tuning.lookup(op, features[0].dtype, features[0].shape[1], architecture, ids=ids)
 
 
 def processor_count(device: torch.device) -> int:

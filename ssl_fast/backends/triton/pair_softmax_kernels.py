@@ -12,14 +12,16 @@ import triton
 import triton.language as tl
 
 from ssl_fast.backends.triton.tiles import (
+    LOG2_E,
+    ids_exclude,
     kept_pairs,
+    key_tiles,
     load_chunk,
     multiply,
     needs_rules,
     tile_products,
 )
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 ROWS = tl.constexpr(1)
 BOTH = tl.constexpr(2)
 MIRROR = tl.constexpr(3)
@@ -34,16 +36,6 @@ def _finite_or_zero(maximum):
 @triton.jit
 def _log_sum_exp(maximum, total):
     return tl.where(total == 0.0, -float("inf"), _finite_or_zero(maximum) + tl.log(total))
-
-
-@triton.jit
-def _key_tiles(row, split, n_keys, TRIANGLE: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """The tiles of keys that one split of a block of rows walks over."""
-    tiles = tl.cdiv(n_keys, BLOCK_COLUMNS)
-    first = row // BLOCK_COLUMNS if TRIANGLE else 0
-    share = tl.cdiv(tiles - first, tl.num_programs(1))
-    begin = first + split * share
-    return begin, tl.minimum(begin + share, tiles)
 
 
 @triton.jit
@@ -111,7 +103,7 @@ def sweep_kernel(
             query_rows[:, None] + steps[None, :], (steps < depth)[None, :], EVEN_DEPTH
         )
 
-    begin, end = _key_tiles(row, split, n_keys, TRIANGLE, BLOCK_COLUMNS)
+    begin, end = key_tiles(row, split, n_keys, TRIANGLE, BLOCK_COLUMNS)
     maximum = tl.full([BLOCK_ROWS], -float("inf"), dtype=tl.float32)
     total = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
     for tile in range(begin, end):
@@ -134,7 +126,7 @@ def sweep_kernel(
         logits = logits * row_factor[:, None] * column_factor[None, :]
         if HAS_IDS:
             column_id = tl.load(key_ids + safe_columns)
-            logits = tl.where(row_id[:, None] == column_id[None, :], -float("inf"), logits)
+            logits = tl.where(ids_exclude(row_id, column_id), -float("inf"), logits)
         if needs_rules(
             row, column, row_end, n_keys, diagonal_0, diagonal_1, diagonal_2,
             DIAGONALS, TRIANGLE, BLOCK_ROWS, BLOCK_COLUMNS,
@@ -182,8 +174,8 @@ def _store_weights(
     row_factor,
     column_factor,
     strip,
-    row_moment,
-    column_moment,
+    row_parts,
+    column_parts,
     row_end,
     column_end,
     strip_height,
@@ -211,7 +203,7 @@ def _store_weights(
     if HAS_IDS:
         row_id = tl.load(query_ids + rows, mask=inside_rows, other=0)
         column_id = tl.load(key_ids + columns, mask=inside_columns, other=0)
-        exponents = tl.where(row_id[:, None] == column_id[None, :], -float("inf"), exponents)
+        exponents = tl.where(ids_exclude(row_id, column_id), -float("inf"), exponents)
     if RULES:
         kept = kept_pairs(
             rows, columns, row_end, column_end, diagonal_0, diagonal_1, diagonal_2,
@@ -222,7 +214,7 @@ def _store_weights(
     # places are counted from the strip's corner, or the compiler would not see them aligned
     strip_rows = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     strip_columns = column_tile * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    row_moments = row_moment + column_tile.to(tl.int64) * strip_height + strip_rows
+    row_moments = row_parts + column_tile.to(tl.int64) * strip_height + strip_rows
     shift = tl.load(row_lse + rows, mask=inside_rows, other=0.0) * LOG2_E
     factor = tl.load(row_weight + rows, mask=inside_rows, other=0.0)
     weights = tl.exp2(exponents - shift[:, None]) * factor[:, None]
@@ -238,7 +230,7 @@ def _store_weights(
     if ROW_MOMENT and SIDES != MIRROR:
         tl.store(row_moments, tl.sum(weights * (products * column_scale[None, :]), 1))
     if COLUMN_MOMENT:
-        column_moments = column_moment + row_tile.to(tl.int64) * strip_width + strip_columns
+        column_moments = column_parts + row_tile.to(tl.int64) * strip_width + strip_columns
         tl.store(column_moments, tl.sum(weights * (products * row_scale[:, None]), 0))
 
     if HAS_FACTORS:
@@ -269,8 +261,8 @@ def weights_kernel(
     row_factor,  # [N] fp32, read with HAS_FACTORS, query_scale without
     column_factor,  # [M] fp32, read with HAS_FACTORS, key_scale without
     strip,  # [height, width], both whole tiles
-    row_moment,  # [column tiles, height] fp32, written with ROW_MOMENT
-    column_moment,  # [row tiles, width] fp32, written with COLUMN_MOMENT
+    row_parts,  # [1, column tiles, height] fp32, written with ROW_MOMENT
+    column_parts,  # [1, row tiles, width] fp32, written with COLUMN_MOMENT
     row_begin,
     row_end,
     column_begin,
@@ -325,7 +317,7 @@ def weights_kernel(
         _store_weights(
             products, rows, columns, row_tile, column_tile, query_scale, key_scale, scale,
             query_ids, key_ids, row_lse, row_weight, column_lse, column_weight,
-            row_factor, column_factor, strip, row_moment, column_moment, row_end, column_end,
+            row_factor, column_factor, strip, row_parts, column_parts, row_end, column_end,
             row_tiles * BLOCK_ROWS, strip_width, diagonal_0, diagonal_1, diagonal_2,
             DIAGONALS, True, HAS_IDS, HAS_FACTORS, SIDES, ROW_MOMENT, COLUMN_MOMENT,
             BLOCK_ROWS, BLOCK_COLUMNS,
@@ -334,7 +326,7 @@ def weights_kernel(
         _store_weights(
             products, rows, columns, row_tile, column_tile, query_scale, key_scale, scale,
             query_ids, key_ids, row_lse, row_weight, column_lse, column_weight,
-            row_factor, column_factor, strip, row_moment, column_moment, row_end, column_end,
+            row_factor, column_factor, strip, row_parts, column_parts, row_end, column_end,
             row_tiles * BLOCK_ROWS, strip_width, diagonal_0, diagonal_1, diagonal_2,
             DIAGONALS, False, HAS_IDS, HAS_FACTORS, SIDES, ROW_MOMENT, COLUMN_MOMENT,
             BLOCK_ROWS, BLOCK_COLUMNS,

@@ -11,35 +11,29 @@ import triton
 from torch import Tensor
 
 from ssl_fast.backends.triton import pair_softmax_kernels as kernels
-from ssl_fast.backends.triton.device import config_for, input_precision, processor_count
-from ssl_fast.backends.triton.tuning import Config
+from ssl_fast.backends.triton.device import config_for
+from ssl_fast.backends.triton.launch import Sides, key_splits, rows_of, tile_arguments
 
 # Column statistics wait for their merge in a table, a row per block of queries: its size at most.
 COLUMN_TABLE_BYTES = 64 * 2**20
-# A split of the keys shorter than this many tiles costs more in its merge than it gains.
-TILES_PER_SPLIT = 4
-
-
-def rows_of(features: Tensor) -> Tensor:
-    """The features with adjacent columns: rows may be strided, expanded or offset."""
-    return features if features.stride(1) == 1 else features.contiguous()
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Two sets of rows, and the rules that take pairs of them out of the softmax.
+class Pairs(Sides):
+    """Two sides, and the rules that take pairs of them out of the softmax.
 
     The logits are s_ij = scale query_scale_i key_scale_j <q_i, k_j>.
     """
 
-    query: Tensor  # [N, D], adjacent columns
-    key: Tensor  # [M, D], adjacent columns
-    query_scale: Tensor  # [N]
-    key_scale: Tensor  # [M]
     scale: Tensor  # []
     query_ids: Tensor | None  # [N]
     key_ids: Tensor | None  # [M]
     diagonals: list[int]
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether ids take pairs out."""
+        return self.query_ids is not None and self.key_ids is not None
 
     def rules(self) -> dict[str, Any]:
         """The kernels' arguments for the exclusions."""
@@ -48,32 +42,40 @@ class Pairs:
         if len(crossing) > 3:
             raise ValueError(f"diagonals: 3 may cross the pairs at most, got {len(crossing)}")
         padded = [*crossing, 0, 0, 0]
-        has_ids = self.query_ids is not None and self.key_ids is not None
         return {
-            "query_ids": self.query_ids if has_ids else self.query_scale,
-            "key_ids": self.key_ids if has_ids else self.key_scale,
+            "query_ids": self.query_ids if self.has_ids else self.query_scale,
+            "key_ids": self.key_ids if self.has_ids else self.key_scale,
             "diagonal_0": padded[0],
             "diagonal_1": padded[1],
             "diagonal_2": padded[2],
             "DIAGONALS": len(crossing),
-            "HAS_IDS": has_ids,
+            "HAS_IDS": self.has_ids,
         }
 
 
-def tile_arguments(config: Config, features: Tensor) -> dict[str, Any]:
-    """The kernels' arguments for a tile, its depth no wider than the features need."""
-    depth = features.shape[1]
-    block_depth = min(config.block_depth, max(16, triton.next_power_of_2(depth)))
-    return {
-        "EVEN_DEPTH": depth % block_depth == 0,
-        "PRECISION": input_precision(features),
-        "BLOCK_ROWS": config.block_rows,
-        "BLOCK_COLUMNS": config.block_columns,
-        "BLOCK_DEPTH": block_depth,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-        "enable_fp_fusion": True,
-    }
+def pairs_of(
+    query: Tensor,
+    key: Tensor,
+    query_scale: Tensor,
+    key_scale: Tensor,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    diagonals: list[int],
+    scale: Tensor | None = None,
+) -> Pairs:
+    """The pairs as the kernels take them; without a scale it is 1."""
+    if scale is None:
+        scale = torch.ones((), device=query.device)
+    return Pairs(
+        rows_of(query),
+        rows_of(key),
+        query_scale.contiguous(),
+        key_scale.contiguous(),
+        scale,
+        None if query_ids is None else query_ids.contiguous(),
+        None if key_ids is None else key_ids.contiguous(),
+        diagonals,
+    )
 
 
 @dataclass(frozen=True)
@@ -95,18 +97,16 @@ def sweep(pairs: Pairs, *, columns: bool, triangle: bool = False) -> Statistics:
     n, m = len(pairs.query), len(pairs.key)
     wide = m if columns else 0
     if n == 0 or m == 0:
-        nothing = pairs.query_scale.new_full((n + wide,), -torch.inf)
-        row, column = nothing[:n], nothing[n:]
+        row, column = (pairs.query_scale.new_full((x,), -torch.inf) for x in (n, wide))
         return Statistics(row, row.clone(), column, column.clone())
-    config = config_for("sweep_columns" if columns else "sweep", pairs.query, pairs.key)
+    op = "sweep_columns" if columns else "sweep"
+    config = config_for(op, pairs.query, pairs.key, ids=pairs.has_ids)
     blocks = triton.cdiv(n, config.block_rows)
     if columns:
         blocks = min(blocks, max(1, COLUMN_TABLE_BYTES // (8 * m)))
-    tiles = triton.cdiv(m, config.block_columns)
-    # few rows leave multiprocessors idle: two blocks for each, as long as each has tiles to walk
-    wanted = triton.cdiv(2 * processor_count(pairs.query.device), blocks)
-    splits = max(1, min(wanted, tiles // TILES_PER_SPLIT))
-    row_parts = pairs.query_scale.new_empty(2, splits, n)
+    splits = key_splits(blocks, m, config, pairs.query.device)
+    # results that share memory would share a version counter
+    lse_parts, max_parts = (pairs.query_scale.new_empty(splits, n) for _ in range(2))
     # a tile below the triangle writes nothing
     column_parts = pairs.query_scale.new_full((2, blocks, wide), -torch.inf)
     column_lse = column_parts.new_full((wide,), -torch.inf)
@@ -117,24 +117,20 @@ def sweep(pairs: Pairs, *, columns: bool, triangle: bool = False) -> Statistics:
         end = min(begin + blocks * config.block_rows, n)
         used = triton.cdiv(end - begin, config.block_rows)
         kernels.sweep_kernel[(used, splits)](
-            query=pairs.query,
-            key=pairs.key,
             query_scale=query_scale,
             key_scale=pairs.key_scale,
-            row_lse=row_parts[0],
-            row_max=row_parts[1],
+            row_lse=lse_parts,
+            row_max=max_parts,
             column_lse=column_parts[0],
             column_max=column_parts[1],
             row_begin=begin,
             row_end=end,
             n_queries=n,
             n_keys=m,
-            depth=pairs.query.shape[1],
-            query_stride=pairs.query.stride(0),
-            key_stride=pairs.key.stride(0),
             COLUMNS=columns,
             TRIANGLE=triangle,
             RESIDENT=pairs.query.shape[1] <= tile["BLOCK_DEPTH"],
+            **pairs.features(),
             **pairs.rules(),
             **tile,
         )
@@ -143,8 +139,8 @@ def sweep(pairs: Pairs, *, columns: bool, triangle: bool = False) -> Statistics:
             column_max = torch.maximum(column_max, column_parts[1, :used].amax(0))
             if triangle and end < n:
                 column_parts.fill_(-torch.inf)
-    row_lse = row_parts[0, 0] if splits == 1 else torch.logsumexp(row_parts[0], 0)
-    row_max = row_parts[1, 0] if splits == 1 else row_parts[1].amax(0)
+    row_lse = lse_parts[0] if splits == 1 else torch.logsumexp(lse_parts, 0)
+    row_max = max_parts[0] if splits == 1 else max_parts.amax(0)
     # the comparisons inside a tile drop NaN, the sums keep it
     column_max = torch.where(column_lse.isnan(), column_lse, column_max)
     return Statistics(row_lse, row_max, column_lse, column_max)

@@ -67,7 +67,7 @@ def finish_rows_kernel(
     product,  # [N, D] fp32, read with HAS_PRODUCT
     restore,  # [N] fp32, read with HAS_RESTORE; 1 without
     other,  # [P, D], read with HAS_OTHER
-    coefficient,  # [P] fp32, read with HAS_OTHER
+    coefficient,  # [N] fp32, read with HAS_OTHER where a row has a partner
     features,  # [N, D]
     inverse,  # [N] fp32, read with PROJECT
     scale,  # [] fp32
@@ -82,25 +82,29 @@ def finish_rows_kernel(
     HAS_PRODUCT: tl.constexpr,
     HAS_RESTORE: tl.constexpr,
     HAS_OTHER: tl.constexpr,
+    WRAP: tl.constexpr,
     PROJECT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
 ):
     """From the products of the weights to a gradient, in fp32 up to the one rounding at the end.
 
-    t_i = restore_i product_i + coefficient_i other_{(i + shift) mod P} (nothing for i >= P),
+    t_i = restore_i product_i + coefficient_i other_{i + shift}, the last term only where that row
+    exists (with WRAP, P being N, i + shift is taken modulo N),
     dots_i = <features_i, t_i>, gradient_i = scale (t_i - inverse_i² dots_i features_i): the last
     term, there with PROJECT, is the derivative of the normalisation. The positive enters here,
     after the weights were rounded, or a small loss would lose its gradient.
     """
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     safe_rows = tl.minimum(rows, n_rows - 1).to(tl.int64)
-    partners = (tl.minimum(safe_rows, n_others - 1) + shift) % n_others
+    partners = safe_rows + shift
+    if WRAP:
+        partners %= n_others
+    paired = (partners >= 0) & (partners < n_others)
     feature_rows = features + safe_rows * features_stride
     product_rows = product + safe_rows * depth
-    other_rows = other + partners * other_stride
+    other_rows = other + tl.maximum(tl.minimum(partners, n_others - 1), 0) * other_stride
     gradient_rows = gradient + safe_rows * depth
-    paired = safe_rows < n_others
     row_restore = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
     row_coefficient = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
     if HAS_RESTORE:

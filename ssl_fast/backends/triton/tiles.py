@@ -5,6 +5,20 @@
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+# The reference's IGNORED_ID.
+IGNORED_ID = tl.constexpr(-(2**63))
+
+
+@triton.jit
+def key_tiles(row, split, n_keys, TRIANGLE: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """The tiles of keys that one split of a block of rows walks over."""
+    tiles = tl.cdiv(n_keys, BLOCK_COLUMNS)
+    first = row // BLOCK_COLUMNS if TRIANGLE else 0
+    share = tl.cdiv(tiles - first, tl.num_programs(1))
+    begin = first + split * share
+    return begin, tl.minimum(begin + share, tiles)
+
 
 @triton.jit
 def load_chunk(places, inside, EVEN: tl.constexpr):
@@ -105,3 +119,10 @@ def kept_pairs(
     if TRIANGLE:
         kept = kept & (distance > 0)
     return kept
+
+
+@triton.jit
+def ids_exclude(row_id, column_id):
+    """The pairs of a tile that leave the softmax for their ids."""
+    ignored = (row_id == IGNORED_ID)[:, None] | (column_id == IGNORED_ID)[None, :]
+    return ignored | (row_id[:, None] == column_id[None, :])

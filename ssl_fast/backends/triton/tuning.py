@@ -5,12 +5,23 @@ none has been measured on a card yet, and each says so. A row that is measured l
 card's name as its source, and its own date.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
 ANY_DEPTH = 0
 DEPTH_BUCKETS = (64, 128, 256)
+OPS = (
+    "sweep",
+    "sweep_columns",
+    "weights",
+    "weights_mirror",
+    "weights_moments",
+    "weights_symmetric",
+    "sigmoid_sweep",
+    "sigmoid_weights",
+)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "generic")
 
 
@@ -32,6 +43,9 @@ class Config:
 
 # What an interpreter test needs: several tiles, chunks and tails out of a few dozen rows.
 INTERPRETER = Config(16, 16, 16, 1, 1, source="small, for tests", date="2026-11-22")
+
+# Rows of a later day, with the same source.
+_new = functools.partial(Config, date="2026-11-25")
 
 Table = dict[tuple[str, str, int, str], Config]
 
@@ -83,19 +97,53 @@ def _sixteen_bit(dtype: str) -> Table:
     }
 
 
+def _more_sixteen_bit(dtype: str) -> Table:
+    """Rows for the sigmoid loss, the symmetric gradient, and ids."""
+    half = dtype == "float16"
+    return {
+        ("sweep_columns_ids", dtype, 128, "sm_80"): _new(128, 64, 128, 8, 2),
+        ("sweep_ids", dtype, ANY_DEPTH, "sm_90"): _new(128, 128, 64, 8, 3),
+        ("weights_ids", dtype, ANY_DEPTH, "sm_90"): _new(128 if half else 256, 64, 64, 8, 3),
+        ("sweep_ids", dtype, 64, "sm_100"): _new(128, 64, 64, 8, 3),
+        ("sweep_ids", dtype, 128, "sm_100"): _new(128, 64, 128, 8, 3),
+        ("sweep_ids", dtype, 256, "sm_100"): _new(128, 64, 256, 8, 2),
+        ("sweep_ids", dtype, ANY_DEPTH, "sm_100"): _new(128, 64, 64, 8, 3),
+        ("weights_ids", dtype, ANY_DEPTH, "sm_100"): _new(128, 64, 64, 8, 3),
+        ("weights_symmetric", dtype, ANY_DEPTH, "sm_80"): _new(128, 64, 64, 8, 3),
+        ("weights_symmetric", dtype, ANY_DEPTH, "sm_90"): _new(128 if half else 256, 64, 64, 8, 3),
+        ("weights_symmetric", dtype, ANY_DEPTH, "sm_100"): _new(128, 32, 64, 8, 3),
+        ("weights_symmetric", dtype, ANY_DEPTH, "generic"): _new(64, 64, 64, 4, 2),
+        ("sigmoid_sweep", dtype, 64, "sm_80"): _new(128, 128, 64, 8, 3),
+        ("sigmoid_sweep", dtype, 128, "sm_80"): _new(128, 128, 128, 8, 2),
+        ("sigmoid_sweep", dtype, ANY_DEPTH, "sm_80"): _new(128, 128, 64, 8, 3),
+        ("sigmoid_weights", dtype, ANY_DEPTH, "sm_80"): _new(128, 64, 64, 8, 3),
+        ("sigmoid_sweep", dtype, 64, "sm_90"): _new(128, 128, 64, 8, 3),
+        ("sigmoid_sweep", dtype, 128, "sm_90"): _new(128, 128, 128, 8, 3),
+        ("sigmoid_sweep", dtype, ANY_DEPTH, "sm_90"): _new(128, 128, 64, 8, 3),
+        ("sigmoid_weights", dtype, ANY_DEPTH, "sm_90"): _new(128 if half else 256, 64, 64, 8, 3),
+        ("sigmoid_sweep", dtype, 64, "sm_100"): _new(128, 128, 64, 8, 3),
+        ("sigmoid_sweep", dtype, 128, "sm_100"): _new(128, 128, 128, 8, 3),
+        ("sigmoid_sweep", dtype, ANY_DEPTH, "sm_100"): _new(128, 128, 64, 8, 3),
+        ("sigmoid_weights", dtype, ANY_DEPTH, "sm_100"): _new(128, 64, 64, 8, 3),
+        ("sigmoid_sweep", dtype, ANY_DEPTH, "generic"): _new(64, 64, 64, 4, 2),
+        ("sigmoid_weights", dtype, ANY_DEPTH, "generic"): _new(64, 64, 64, 4, 2),
+    }
+
+
 def _full_precision() -> Table:
     """Rows for fp32: 3×TF32 or TF32 on tensor cores, plain multiply-adds where there are none."""
-    ops = ("sweep", "sweep_columns", "weights", "weights_mirror", "weights_moments")
-    table = {
-        (op, "float32", ANY_DEPTH, architecture): Config(128, 64, 32, 8, 3)
-        for op in ops
-        for architecture in ("sm_80", "sm_90", "sm_100")
-    }
-    table |= {(op, "float32", ANY_DEPTH, "generic"): Config(64, 64, 32, 8, 2) for op in ops}
+    table: Table = {}
+    for op in OPS:
+        config = _new if op.startswith(("sigmoid", "weights_symmetric")) else Config
+        for architecture in ("sm_80", "sm_90", "sm_100"):
+            table[op, "float32", ANY_DEPTH, architecture] = config(128, 64, 32, 8, 3)
+        table[op, "float32", ANY_DEPTH, "generic"] = config(64, 64, 32, 8, 2)
     return table
 
 
-TABLE: Table = _sixteen_bit("bfloat16") | _sixteen_bit("float16") | _full_precision()
+TABLE: Table = _full_precision()
+for _dtype in ("bfloat16", "float16"):
+    TABLE |= _sixteen_bit(_dtype) | _more_sixteen_bit(_dtype)
 
 
 def architecture_of(capability: tuple[int, int] | None) -> str:
@@ -109,9 +157,18 @@ def architecture_of(capability: tuple[int, int] | None) -> str:
     return {9: "sm_90", 10: "sm_100"}.get(major, "generic")
 
 
-def lookup(op: str, dtype: torch.dtype, depth: int, architecture: str) -> Config:
-    """The row for this op, or the op's row for any depth where its bucket has none of its own."""
+def lookup(
+    op: str, dtype: torch.dtype, depth: int, architecture: str, *, ids: bool = False
+) -> Config:
+    """The row for this op, or the op's row for any depth where its bucket has none of its own.
+
+    Where ids' vectors would not fit in registers beside the op's own tile, it has rows with them.
+    """
     name = str(dtype).removeprefix("torch.")
     bucket = next((bound for bound in DEPTH_BUCKETS if depth <= bound), ANY_DEPTH)
-    exact = TABLE.get((op, name, bucket, architecture))
-    return exact or TABLE[op, name, ANY_DEPTH, architecture]
+    for width in (bucket, ANY_DEPTH):
+        for row in (f"{op}_ids", op) if ids else (op,):
+            found = TABLE.get((row, name, width, architecture))
+            if found is not None:
+                return found
+    raise KeyError(f"{op} has no row for {name} on {architecture}")

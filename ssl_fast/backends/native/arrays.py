@@ -1,0 +1,94 @@
+"""What every op on the CPU needs: checks, addresses, results and workspaces.
+
+Everything that a kernel writes is allocated here: results, gradients, and a workspace that grows
+with threads x block x keys, never with queries x keys.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ssl_fast import _native
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["address", "check", "gradient", "hold", "ids_of", "rows_of", "run", "vector"]
+
+# A smaller buffer spans no huge page.
+_HUGE_PAGE = 2 << 20
+# Up to this many bytes each thread keeps its workspace: a small loss then touches no fresh pages.
+_KEPT = 2 << 20
+_thread = threading.local()
+
+
+def check(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """What a kernel is about to read by its address is what it will take it for."""
+    if value.device.type != "cpu" or value.dtype is not dtype or value.shape != shape:
+        raise ValueError(
+            f"{name} must be a {dtype} tensor of shape {shape} on the CPU; got a {value.dtype} "
+            f"tensor of shape {tuple(value.shape)} on {value.device}"
+        )
+
+
+def rows_of(features: Tensor) -> Tensor:
+    """The features with contiguous rows; any distance between them will do."""
+    features = features.resolve_neg()
+    return features if features.stride(1) == 1 or features.shape[1] == 1 else features.contiguous()
+
+
+def address(rows: Tensor) -> tuple[int, int]:
+    """Where rows begin, and the distance between them."""
+    return rows.data_ptr(), rows.stride(0)
+
+
+def ids_of(name: str, ids: Tensor | None, count: int) -> Tensor | None:
+    """Contiguous int64 ids, or None."""
+    if ids is None:
+        return None
+    check(name, ids, (count,), torch.int64)
+    return ids.contiguous()
+
+
+def hold(arrays: Mapping[str, tuple[Tensor | None, int | None]]) -> dict[str, Tensor]:
+    """The fp32 vectors that are there, contiguous; each beside its length, None a scalar's.
+
+    A copy must outlive the call: the caller keeps what this returns.
+    """
+    held = {}
+    for name, (value, length) in arrays.items():
+        if value is None:
+            continue
+        check(name, value, () if length is None else (length,), torch.float32)
+        held[name] = value.contiguous()
+    return held
+
+
+def vector(count: int) -> Tensor:
+    """A number for each of ``count`` rows, not yet written."""
+    return torch.empty(count, dtype=torch.float32)
+
+
+def gradient(features: Tensor, needed: bool, dtype: torch.dtype | None = None) -> Tensor:
+    """Room for a gradient of the features, [0] where it isn't needed."""
+    room = torch.empty(features.shape if needed else 0, dtype=dtype or features.dtype)
+    if room.nbytes >= _HUGE_PAGE:
+        _native.advise_huge_pages(room.data_ptr(), room.nbytes)
+    return room
+
+
+def run(prepared: Any) -> None:
+    """Run a prepared call in a workspace of the size that it asks for."""
+    size = prepared.workspace_bytes()
+    if size > _KEPT:
+        workspace = torch.empty(size, dtype=torch.uint8)
+    else:
+        kept: Tensor | None = getattr(_thread, "workspace", None)
+        if kept is None:
+            kept = _thread.workspace = torch.empty(_KEPT, dtype=torch.uint8)
+        workspace = kept
+    prepared.run(workspace.data_ptr())
