@@ -1,26 +1,31 @@
 """Is a side's result right?  A row is shown only after this said so.
 
-The loss is compared whole; the gradients on a sample of rows, from the closed formula in chunks, so
-that the largest batch can be checked too. The tests hold this formula against ssl_fast's reference.
+The loss is compared whole. The gradients of InfoNCE and NT-Xent are compared on a sample of rows,
+from the closed formula in chunks, so that the largest batch can be checked too; the others whole,
+from ``formulas``. The tests hold both against ssl_fast's reference.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import Case, features
+from benchmarks import formulas
+from benchmarks.cases import Case, inputs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from benchmarks.sides import Outcome
 
 SAMPLE = 512
 CHUNK_ELEMENTS = 2**25
+AUTOGRAD_CHUNKS = 8  # of one such chunk: autograd keeps a few matrices of a part's size
 # Above this many rows the reference is taken in fp32: in fp64 it would outlast what it checks.
 DOUBLE_ROWS = 8192
 
@@ -31,15 +36,15 @@ GRADIENT_TOLERANCE = {"fp32": 2e-4, "bf16": 6e-2}
 
 
 class Expected(NamedTuple):
-    """The right answer: the loss, and the gradient of a sample of each view's rows."""
+    """The right answer: the loss, and the gradient of each learned input or of some of its rows."""
 
     loss: float
-    sample: Tensor  # [S] rows of each view
-    gradients: tuple[Tensor, Tensor]  # [S, dim] each
+    sample: Tensor | None  # [S] rows of every learned input; None: all
+    gradients: tuple[Tensor, ...]
 
 
 class Errors(NamedTuple):
-    """Relative errors; ``gradient`` is the worse of the two views' and None without one."""
+    """Relative errors; ``gradient`` is the worst learned input's and None without one."""
 
     loss: float
     gradient: float | None
@@ -53,8 +58,9 @@ def compare(case: Case, outcome: Outcome, grad_output: float = 1.0) -> Errors:
         return Errors(loss_error, None)
     errors = []
     for got, want in zip(outcome.gradients, wanted.gradients, strict=True):
-        rows = got.detach()[wanted.sample.to(got.device)].cpu().double() / grad_output
-        errors.append(torch.linalg.norm(rows - want) / torch.linalg.norm(want))
+        rows = got if wanted.sample is None else got[wanted.sample.to(got.device)]
+        rows = rows.detach().cpu().double() / grad_output
+        errors.append((rows - want).norm() / want.norm())
     # torch's maximum keeps a NaN, Python's may lose it.
     return Errors(loss_error, torch.stack(errors).max().item())
 
@@ -77,25 +83,56 @@ def expected(case: Case) -> Expected:
 @lru_cache(maxsize=2)
 def _expected(case: Case) -> Expected:
     dtype = torch.float64 if case.rows <= DOUBLE_ROWS else torch.float32
-    first, second = (view.to(dtype) for view in features(case))
-    count = first.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    sample = torch.randperm(count, generator=generator)[:SAMPLE]
-    if case.workload == "info_nce":
-        query, key = _Rows(first, case.normalize), _Rows(second, case.normalize)
-        positives = torch.arange(count)
-        pairs = _Pairs(query.unit, key.unit, positives, case.temperature, exclude_self=False)
-        of_first, of_second = pairs.of_query(sample), pairs.of_key(sample)
-        gradients = query.through(of_first, sample), key.through(of_second, sample)
-    else:
-        both = _Rows(torch.cat([first, second]), case.normalize)
-        positives = torch.arange(2 * count).roll(count)
-        pairs = _Pairs(both.unit, both.unit, positives, case.temperature, exclude_self=True)
-        gradients = tuple(
-            both.through(pairs.of_query(rows) + pairs.of_key(rows), rows)
-            for rows in (sample, sample + count)
-        )
-    return Expected(pairs.loss, sample, (gradients[0].double(), gradients[1].double()))
+    learned, fixed = (
+        tuple(x.to(dtype) if x.is_floating_point() else x for x in tensors)
+        for tensors in inputs(case)
+    )
+    return EXPECTED[case.workload](case, learned, fixed)
+
+
+def _info_nce(case: Case, learned: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> Expected:
+    query, key = (_Rows(view, case.normalize) for view in learned)
+    sample = _sample(case.rows)
+    positives = torch.arange(case.rows)
+    pairs = _Pairs(query.unit, key.unit, positives, case.temperature, exclude_self=False)
+    of_query, of_key = pairs.of_query(sample), pairs.of_key(sample)
+    gradients = query.through(of_query, sample), key.through(of_key, sample)
+    return Expected(pairs.loss, sample, tuple(x.double() for x in gradients))
+
+
+def _nt_xent(case: Case, learned: tuple[Tensor, ...], fixed: tuple[Tensor, ...]) -> Expected:
+    count = case.rows // 2
+    both = _Rows(torch.cat(learned), case.normalize)
+    sample = _sample(count)
+    positives = torch.arange(2 * count).roll(count)
+    pairs = _Pairs(both.unit, both.unit, positives, case.temperature, exclude_self=True)
+    gradients = (
+        both.through(pairs.of_query(rows) + pairs.of_key(rows), rows)
+        for rows in (sample, sample + count)
+    )
+    return Expected(pairs.loss, sample, tuple(x.double() for x in gradients))
+
+
+def _in_parts(
+    part: formulas.Part, case: Case, learned: tuple[Tensor, ...], fixed: tuple[Tensor, ...]
+) -> Expected:
+    elements = CHUNK_ELEMENTS // AUTOGRAD_CHUNKS
+    loss, gradients = formulas.in_parts(part, case, learned, fixed, elements)
+    return Expected(loss, None, tuple(x.double() for x in gradients))
+
+
+EXPECTED: dict[str, Callable[..., Expected]] = {
+    "info_nce": _info_nce,
+    "nt_xent": _nt_xent,
+    "clip": partial(_in_parts, formulas.clip),
+    "siglip": partial(_in_parts, formulas.siglip),
+    "sup_con": partial(_in_parts, formulas.sup_con),
+    "info_nce_queue": partial(_in_parts, formulas.queue),
+}
+
+
+def _sample(count: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:SAMPLE]
 
 
 class _Rows:

@@ -59,7 +59,9 @@ class Recorder:
             {
                 "group": case.label,
                 "workload": case.workload,
+                "op": case.op,
                 "rows": case.rows,
+                "columns": case.columns,
                 "dim": case.dim,
                 "dtype": case.dtype,
                 "pass": case.mode,

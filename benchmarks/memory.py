@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,7 +34,7 @@ def job(case: Case, side_name: str) -> Callable[[], object]:
     side = BY_NAME[side_name]
     step = side.step(case)
     # What is compiled is compiled for one size; everything else loads its libraries at a small one.
-    warm_up = step if side.compiled else side.step(replace(case, rows=min(case.rows, 64)))
+    warm_up = step if side.compiled else side.step(case.small())
     warm_up()
     gc.collect()
     _trim()

@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks import machine
 from benchmarks.plot import draw
+from benchmarks.workloads import OPS
 from ssl_fast.demo.results import readable_bytes, readable_seconds
 
 HEADER = ("", "median", "against eager", "GFLOP/s", "of peak", "extra memory", "gradient error")
@@ -22,6 +23,14 @@ FOOTNOTE = (
 )
 BUSY = "A SHARE ABOVE 100%: the machine was busy while its peak was measured; run again."
 WIDTHS = (34, 11, 15, 9, 9, 14, 16)
+
+
+def write_all(document: dict[str, Any], folder: Path, suffix: str = "") -> None:
+    """Write the files of every op that has rows: OP.json, OP.md and OP.png."""
+    for op in OPS:
+        rows = [row for row in document["rows"] if row["op"] == op]
+        if rows:
+            write(document | {"rows": rows}, folder, op + suffix)
 
 
 def write(document: dict[str, Any], folder: Path, name: str) -> None:
@@ -81,8 +90,10 @@ def _groups(document: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
     # They ran in the order of what they tell; they are shown in the order of their sizes.
     rows = sorted(
         document["rows"],
-        key=lambda r: (r["workload"], r["dtype"] != "fp32", r["pass"], r["dim"], r["rows"]),
-    )
+        key=lambda r: (
+            r["workload"], r["dtype"] != "fp32", r["pass"], r["dim"], r["rows"], r["columns"],
+        ),
+    )  # fmt: skip
     grouped = groupby(rows, key=lambda row: row["group"])
     return [(group, list(rows)) for group, rows in grouped]
 

@@ -1,4 +1,4 @@
-"""Who is measured: ssl_fast's backends and its peers, each as a function of two views."""
+"""Who is measured: ssl_fast's backends and its peers, each as a function of a case's inputs."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-import ssl_fast
-from benchmarks.cases import Case, features
+from benchmarks.cases import TWO_VIEWS, Case, inputs
+from benchmarks.workloads import WORKLOADS, Loss
 from ssl_fast.backends import dispatch
-from ssl_fast.demo.plain import plain_nt_xent
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class Outcome(NamedTuple):
-    """What one pass gives: the scalar loss and, if asked for, the gradient of each view."""
+    """What one pass gives: the scalar loss and, if asked for, that of each learned input."""
 
     loss: Tensor
     gradients: tuple[Tensor, ...]
 
 
 Step = Callable[[], Outcome]
+
+# Losses whose gradient the forward pass makes, so that the backward pass is a scaling.
+MADE_IN_FORWARD = ("info_nce", "nt_xent", "siglip", "info_nce_queue")
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Side:
 
     name: str
     build: Callable[[Case], Loss]
-    workloads: tuple[str, ...] = ("info_nce", "nt_xent")
+    workloads: tuple[str, ...] = tuple(WORKLOADS)
     devices: tuple[str, ...] = ("cpu", "cuda")
     backend: str | None = None  # of ssl_fast; None is a peer
     package: str | None = None  # that has to be installed
@@ -57,8 +56,8 @@ class Side:
             return "not installed"
         if self.backend is not None:
             try:
-                shape = (case.rows, case.rows, case.dim)
-                dispatch.resolve("pair_softmax", case.device, case.torch_dtype, shape, self.backend)
+                shape = (case.rows, case.columns, case.dim)
+                dispatch.resolve(case.op, case.device, case.torch_dtype, shape, self.backend)
             except RuntimeError as error:
                 return str(error).partition(": ")[2]
         return None
@@ -66,19 +65,21 @@ class Side:
     def step(self, case: Case) -> Step:
         """A call that runs one pass on inputs made beforehand."""
         loss = self.build(case)
-        first, second = (view.requires_grad_(case.gradient) for view in features(case))
+        learned, fixed = inputs(case)
+        for tensor in learned:
+            tensor.requires_grad_(case.gradient)
         synchronize = torch.cuda.synchronize if case.device == "cuda" else _nothing
 
         def forward() -> Outcome:
             with torch.no_grad():
-                value = loss(first, second)
+                value = loss(*learned, *fixed)
             synchronize()
             return Outcome(value, ())
 
         def both() -> Outcome:
-            value = loss(first, second)
+            value = loss(*learned, *fixed)
             scaled = value if self.grad_output == 1.0 else value * self.grad_output
-            gradients = torch.autograd.grad(scaled, (first, second))
+            gradients = torch.autograd.grad(scaled, learned)
             synchronize()
             return Outcome(value, gradients)
 
@@ -90,35 +91,11 @@ def _nothing() -> None:
 
 
 def _ours(backend: str) -> Callable[[Case], Loss]:
-    def build(case: Case) -> Loss:
-        function = ssl_fast.info_nce if case.workload == "info_nce" else ssl_fast.nt_xent
-
-        def loss(first: Tensor, second: Tensor) -> Tensor:
-            return function(
-                first,
-                second,
-                temperature=case.temperature,
-                normalize=case.normalize,
-                backend=backend,
-            )
-
-        return loss
-
-    return build
+    return lambda case: WORKLOADS[case.workload].ours(case, backend)
 
 
 def _eager(case: Case) -> Loss:
-    temperature = case.temperature
-    if case.workload == "nt_xent":
-        return lambda first, second: plain_nt_xent(first, second, temperature)
-
-    def loss(query: Tensor, key: Tensor) -> Tensor:
-        if case.normalize:
-            query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
-        labels = torch.arange(query.shape[0], device=query.device)
-        return F.cross_entropy(query @ key.T / temperature, labels)
-
-    return loss
+    return WORKLOADS[case.workload].eager(case)
 
 
 def _compiled(case: Case) -> Loss:
@@ -137,6 +114,12 @@ def _metric_learning(case: Case) -> Loss:
     from pytorch_metric_learning.losses import NTXentLoss, SelfSupervisedLoss
 
     return SelfSupervisedLoss(NTXentLoss(temperature=case.temperature))
+
+
+def _metric_learning_sup_con(case: Case) -> Loss:
+    from pytorch_metric_learning.losses import SupConLoss
+
+    return SupConLoss(temperature=case.temperature)
 
 
 class _OneSided(torch.autograd.Function):
@@ -178,7 +161,10 @@ REFERENCE = Side("ssl_fast reference", _ours("reference"), backend="reference")
 ONE_SIDED = Side(
     "ssl_fast one-sided sweep", _one_sided, ("nt_xent",), devices=("cpu",), backend="native"
 )
-EAGER = Side("eager torch", _eager, matrices=3.0)
+EAGER = Side("eager torch", _eager, ("info_nce", "nt_xent", "info_nce_queue"), matrices=3.0)
+EAGER_SUP_CON = Side("eager torch (SupCon formula)", _eager, ("sup_con",), matrices=4.0)
+OPEN_CLIP = Side("eager torch (open_clip formula)", _eager, ("clip", "siglip"), matrices=5.0)
+BASELINES = (EAGER, EAGER_SUP_CON, OPEN_CLIP)
 COMPILED = Side("torch.compile", _compiled, matrices=2.0, compiled=True)
 INFO_NCE_PYTORCH = Side(
     "info-nce-pytorch", _info_nce_pytorch, ("info_nce",), package="info_nce", matrices=3.0
@@ -192,6 +178,13 @@ METRIC_LEARNING = Side(
     matrices=6.0,
     cubic=True,
 )
+METRIC_LEARNING_SUP_CON = Side(
+    "pytorch-metric-learning SupCon",
+    _metric_learning_sup_con,
+    ("sup_con",),
+    package="pytorch_metric_learning",
+    matrices=12.0,
+)
 
 SIDES = (
     NATIVE,
@@ -199,10 +192,11 @@ SIDES = (
     TRITON,
     REFERENCE,
     ONE_SIDED,
-    EAGER,
+    *BASELINES,
     COMPILED,
     INFO_NCE_PYTORCH,
     METRIC_LEARNING,
+    METRIC_LEARNING_SUP_CON,
 )
 BY_NAME = {side.name: side for side in SIDES}
 
@@ -215,13 +209,20 @@ def sides_of(case: Case, *, full: bool) -> list[Side]:
     return chosen if full else [side for side in chosen if _by_default(side, case)]
 
 
+def baseline_of(case: Case) -> Side:
+    """The side that every ratio of the case's group is taken against."""
+    return next(side for side in BASELINES if case.workload in side.workloads)
+
+
 def _by_default(side: Side, case: Case) -> bool:
-    telling = case.rows == 8192 and case.gradient and case.dtype == "fp32"
-    if side in (NATIVE_SCALED, ONE_SIDED):
+    telling = case.telling and case.dtype == "fp32"
+    if side is ONE_SIDED:
         return telling
+    if side is NATIVE_SCALED:
+        return telling and case.workload in MADE_IN_FORWARD
     if side is REFERENCE:
-        return telling or case.rows < 512
+        return case.rows < 512
     if side is COMPILED:
         # A compilation takes 20 s, whatever the size.
-        return case.dim == 128 and case.rows in (1024, 8192) and case.gradient
+        return telling or (case.telling and case.workload in TWO_VIEWS)
     return True
