@@ -63,9 +63,12 @@ def assert_agrees(backend, arguments, dtype):
     narrow = [x.float() for x in saved]
     exact = reference.pair_softmax_symmetric_backward(*wide, *saved)
     plain = list(reference.pair_softmax_symmetric_backward(*arguments, *narrow))
-    plain[0] = plainly.gradients(
-        lambda x: (plain_lse(x, *arguments[1:]),), arguments[:1], narrow[1:]
-    )[0]
+    # In fp32 the reference is plain torch, given the same rounded lse: at 200 nats the rounding
+    # moves every weight by up to 1.5e-5. With 16 bits, plain torch multiplies in 16 bits.
+    if dtype is not torch.float32:
+        plain[0] = plainly.gradients(
+            lambda x: (plain_lse(x, *arguments[1:]),), arguments[:1], narrow[1:]
+        )[0]
     out = module(backend).pair_softmax_symmetric_backward(*arguments, *narrow)
     assert out[0].dtype is dtype
     assert out[1].dtype is torch.float32

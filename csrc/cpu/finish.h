@@ -19,7 +19,9 @@ struct RowTerms {
 inline RowTerms row_terms(float maximum, float reference, float sum, float positive) {
     RowTerms t;
     const bool empty = sum == 0.0f;
-    t.lse = empty ? -__builtin_inff() : (reference + __builtin_log2f(sum)) * LN2;
+    // In double: three roundings at the size of a large logit would show in every weight.
+    const double lse = static_cast<double>(reference) + static_cast<double>(__builtin_log2f(sum));
+    t.lse = empty ? -__builtin_inff() : static_cast<float>(lse * 0.69314718055994530942);
     t.maximum = sum != sum ? sum : maximum * LN2;
     const float z = t.lse - positive;
     const float tail = __builtin_expf(z > 0.0f ? -z : z);

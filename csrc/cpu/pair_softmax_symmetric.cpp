@@ -240,9 +240,9 @@ class SymmetricSweep {
             lse_[i] = weight_[i] = 0.0f;
             if (i >= rows_) continue;
             if (c_.pass == Pass::backward) {
-                if (c_.row_lse[i] == -__builtin_inff()) continue;
-                lse_[i] = c_.row_lse[i] * LOG2E;
-                weight_[i] = c_.row_grad[i];
+                const GivenRow row = given_row(c_.row_lse[i], c_.row_grad[i]);
+                lse_[i] = row.lse;
+                weight_[i] = row.grad;
                 continue;
             }
             const float positive = c_.pass == Pass::loss ? positive_logit(i) : 0.0f;

@@ -231,10 +231,10 @@ class Sweep {
                                      : c_.row_weight != nullptr ? c_.row_weight[i]
                                                                 : 1.0f;
             } else if (c_.pass == Pass::backward) {
-                const float lse = exists ? c_.row_lse[i] : 0.0f;
-                const bool empty = lse == -__builtin_inff();
-                own.row_lse[lane] = empty ? 0.0f : lse * LOG2E;
-                own.row_grad[lane] = exists && !empty ? c_.row_grad[i] : 0.0f;
+                const GivenRow row_of =
+                    exists ? given_row(c_.row_lse[i], c_.row_grad[i]) : GivenRow{0.0f, 0.0f};
+                own.row_lse[lane] = row_of.lse;
+                own.row_grad[lane] = row_of.grad;
             }
             float* scaled = scaled_row(sub, lane);
             if (!Path::BF16 || strip_) {

@@ -76,10 +76,11 @@ template <class Path, class Call>
 GivenWeights Sweep<Path, Call>::given(const Block& b, const SubBlock& own) const {
     if (c_.column_lse == nullptr) return {own.row_lse, own.row_grad, nullptr, nullptr};
     for (int row = 0; row < b.rows; ++row) {
-        const float lse = row < b.keys ? c_.column_lse[b.key + row] : 0.0f;
-        const bool empty = lse == -__builtin_inff();
-        columns_[row] = empty ? 0.0f : lse * LOG2E;
-        columns_[GROUP + row] = row < b.keys && !empty ? c_.column_grad[b.key + row] : 0.0f;
+        const int64_t j = b.key + row;
+        const GivenRow column =
+            row < b.keys ? given_row(c_.column_lse[j], c_.column_grad[j]) : GivenRow{0.0f, 0.0f};
+        columns_[row] = column.lse;
+        columns_[GROUP + row] = column.grad;
     }
     return {own.row_lse, own.row_grad, columns_, columns_ + GROUP};
 }

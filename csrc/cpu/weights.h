@@ -8,6 +8,7 @@ namespace ssl_fast {
 namespace {
 
 constexpr float LOG2E = 1.44269504088896340736f;
+constexpr float LOG2E_REST = 1.92596303e-8f;  // log2(e) - LOG2E
 constexpr float LN2 = 0.69314718055994530942f;
 constexpr float LARGEST = 3.402823466e38f;
 
@@ -197,6 +198,21 @@ inline void rescale(const float* factor, int64_t rows, float* sum) {
             store(p, load(p) * f);
         }
     }
+}
+
+// A given log-sum-exp, in nats, and its gradient, as the weights take them: in units of log 2,
+// where what the change of units rounds away goes into the gradient. At 200 nats it would be 2e-5
+// of every weight. An empty row has no weights.
+struct GivenRow {
+    float lse, grad;
+};
+
+inline GivenRow given_row(float lse, float grad) {
+    if (lse == -__builtin_inff()) return {0.0f, 0.0f};
+    const float rounded = lse * LOG2E;
+    const float rest = __builtin_fmaf(lse, LOG2E, -rounded) + lse * LOG2E_REST;
+    // An infinite lse has no rest.
+    return {rounded, rest == rest ? grad - grad * (rest * LN2) : grad};
 }
 
 // What the backward pass knows of its rows and columns, in units of log 2.
