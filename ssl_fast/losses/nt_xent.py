@@ -274,7 +274,8 @@ class NTXentLoss(ContrastiveModule):
     def forward(self, out0: Tensor, out1: Tensor, **per_row: Any) -> Any:
         """The loss of two views, [N, D] each; ``(loss, stats)`` with ``return_stats``.
 
-        ``per_row`` are ``query_ids``, ``row_weight`` and ``ignore``.
+        ``per_row`` are ``row_weight``, ``ignore`` and, without a memory bank, whose rows have no
+        ids, ``query_ids``.
         """
         if self.gather_distributed:
             from ssl_fast import distributed
