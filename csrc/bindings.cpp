@@ -27,18 +27,38 @@ Rows rows(const py::object& pair) {
     return {reinterpret_cast<const void*>(address), stride};
 }
 
-Exclusion exclusion(const std::vector<std::int64_t>& diagonals, const py::object& query_ids,
-                    const py::object& key_ids) {
+// Ids by address, queries' [count][n] and keys' [count][m]; none where the count is 0.
+struct Ids {
+    std::uintptr_t query, key;
+    int count;
+    bool matching;
+};
+
+Ids ids_of(const py::tuple& ids) {
+    if (ids.size() != 4)
+        throw std::invalid_argument("ids must be (query, key, count, matching), got " +
+                                    std::to_string(ids.size()) + " entries");
+    return {ids[0].cast<std::uintptr_t>(), ids[1].cast<std::uintptr_t>(), ids[2].cast<int>(),
+            ids[3].cast<bool>()};
+}
+
+Exclusion exclusion(const std::vector<std::int64_t>& diagonals, const Ids& ids, std::int64_t n,
+                    std::int64_t m) {
     if (diagonals.size() > static_cast<std::size_t>(MAX_DIAGONALS))
         throw std::invalid_argument("diagonals holds at most " + std::to_string(MAX_DIAGONALS) +
                                     " entries, got " + std::to_string(diagonals.size()));
     Exclusion rule{};
     rule.n_diagonals = static_cast<int>(diagonals.size());
     for (std::size_t i = 0; i < diagonals.size(); ++i) rule.diagonals[i] = diagonals[i];
-    rule.query_ids = pointer<const std::int64_t>(query_ids);
-    rule.key_ids = pointer<const std::int64_t>(key_ids);
-    if (query_ids.is_none() != key_ids.is_none())
-        throw std::invalid_argument("query_ids and key_ids are given together or not at all");
+    if (ids.count < 0 || ids.count > MAX_IDS)
+        throw std::invalid_argument("a row has at most " + std::to_string(MAX_IDS) + " ids, got " +
+                                    std::to_string(ids.count));
+    rule.n_ids = ids.count;
+    rule.matching = ids.matching;
+    for (int id = 0; id < ids.count; ++id) {
+        rule.query_ids[id] = reinterpret_cast<const std::int64_t*>(ids.query) + id * n;
+        rule.key_ids[id] = reinterpret_cast<const std::int64_t*>(ids.key) + id * m;
+    }
     return rule;
 }
 
@@ -133,8 +153,7 @@ void take_common(Arrays& arrays, PairSoftmax& call) {
 Prepared<PairSoftmax> pair_softmax(const std::string& pass, int dtype, std::int64_t n,
                                    std::int64_t m, std::int64_t d, const py::object& query,
                                    const py::object& key, const py::object& positive,
-                                   const std::vector<std::int64_t>& diagonals,
-                                   const py::object& query_ids, const py::object& key_ids,
+                                   const std::vector<std::int64_t>& diagonals, const py::tuple& ids,
                                    bool normalize, int threads, const py::dict& addresses) {
     check_sizes(n, m, d, dtype, threads);
     PairSoftmax call{};
@@ -146,7 +165,7 @@ Prepared<PairSoftmax> pair_softmax(const std::string& pass, int dtype, std::int6
     call.query = rows(query);
     call.key = rows(key);
     call.positive = rows(positive);
-    call.exclusion = exclusion(diagonals, query_ids, key_ids);
+    call.exclusion = exclusion(diagonals, ids_of(ids), n, m);
     call.normalize = normalize;
     call.threads = threads;
     if (call.pass == Pass::loss && call.positive.data == nullptr && m < n)
@@ -173,7 +192,8 @@ Prepared<PairSoftmax> pair_softmax(const std::string& pass, int dtype, std::int6
 Prepared<PairSoftmaxSymmetric> pair_softmax_symmetric(const std::string& pass, int dtype,
                                                       std::int64_t n, std::int64_t d,
                                                       std::int64_t pairs,
-                                                      const py::object& features, bool normalize,
+                                                      const py::object& features,
+                                                      const py::tuple& ids, bool normalize,
                                                       int threads, const py::dict& addresses) {
     check_sizes(n, n, d, dtype, threads);
     PairSoftmaxSymmetric call{};
@@ -188,12 +208,12 @@ Prepared<PairSoftmaxSymmetric> pair_softmax_symmetric(const std::string& pass, i
     call.d = d;
     call.pairs = pairs;
     call.features = rows(features);
+    call.exclusion = exclusion({}, ids_of(ids), n, n);
     call.normalize = normalize;
     call.threads = threads;
     Arrays arrays(addresses);
     arrays.take("scale", call.scale);
     arrays.take("row_scale", call.row_scale);
-    arrays.take("ids", call.ids);
     arrays.take("row_lse", call.row_lse);
     arrays.take("row_max", call.row_max);
     arrays.take("loss", call.loss);
@@ -221,7 +241,7 @@ Prepared<PairSigmoid> pair_sigmoid(int dtype, std::int64_t n, std::int64_t m, st
     call.d = d;
     call.query = rows(query);
     call.key = rows(key);
-    call.exclusion = exclusion(positive_diagonals, py::none(), py::none());
+    call.exclusion = exclusion(positive_diagonals, Ids{}, n, m);
     call.threads = threads;
     Arrays arrays(addresses);
     take_common(arrays, call);

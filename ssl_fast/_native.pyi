@@ -1,8 +1,9 @@
 from typing import Final, TypeAlias
 
-# An address, or that of row 0 and the distance between rows in elements.
-_Pointer: TypeAlias = int | None
+# The address of row 0 and the distance between rows in elements.
 _Rows: TypeAlias = tuple[int, int]
+# Addresses of the queries' and the keys' ids, how many a row has, whether equal ones stay.
+_Ids: TypeAlias = tuple[int, int, int, bool]
 
 threading: Final[str]
 
@@ -28,8 +29,7 @@ def pair_softmax(
     key: _Rows,
     positive: _Rows | None,
     diagonals: list[int],
-    query_ids: _Pointer,
-    key_ids: _Pointer,
+    ids: _Ids,
     normalize: bool,
     threads: int,
     arrays: dict[str, int],
@@ -42,6 +42,7 @@ def pair_softmax_symmetric(
     d: int,
     pairs: int,
     features: _Rows,
+    ids: _Ids,
     normalize: bool,
     threads: int,
     arrays: dict[str, int],

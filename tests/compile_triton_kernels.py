@@ -51,12 +51,14 @@ class Case:
     dtype: str
     depth: int
     target: str
-    ids: bool = False
+    ids: int = 0  # that a row has
+    matching: bool = False
     precision: str = field(default="ieee")
 
     @property
     def name(self) -> str:
-        extra = ("-ids" if self.ids else "") + (
+        extra = f"-ids{self.ids}" if self.ids else ""
+        extra += ("-matching" if self.matching else "") + (
             "" if self.dtype != "fp32" else f"-{self.precision}"
         )
         return f"{self.op}-{self.dtype}-{self.depth}-{self.target}{extra}"
@@ -80,7 +82,7 @@ def cases() -> list[Case]:
             Case("sigmoid_weights", "fp32", 128, target, precision="tf32x3"),
         ]
         found += [
-            Case(op, "bf16", 128, target, ids=True)
+            Case(op, "bf16", 128, target, ids=1)
             for op in ("sweep", "sweep_triangle", "weights_symmetric", "weights_moments")
         ]
     found += [
@@ -88,9 +90,11 @@ def cases() -> list[Case]:
         Case("sweep", "bf16", 19, "sm_90"),
         Case("weights", "bf16", 19, "sm_90"),
         Case("sigmoid_weights", "bf16", 19, "sm_90"),
-        Case("sweep", "bf16", 768, "sm_90", ids=True),
-        Case("weights", "bf16", 128, "sm_90", ids=True),
-        *(Case("weights_expectation", "bf16", 128, f"sm_{x}", ids=True) for x in (90, 100)),
+        Case("sweep", "bf16", 768, "sm_90", ids=1),
+        Case("weights", "bf16", 128, "sm_90", ids=1),
+        *(Case("weights_expectation", "bf16", 128, f"sm_{x}", ids=1) for x in (90, 100)),
+        *(Case("sweep_triangle", "bf16", 128, "sm_90", i, matching=i < 2) for i in (1, 2)),
+        *(Case("weights_symmetric", "bf16", 128, "sm_90", i, matching=i < 2) for i in (1, 2)),
         Case("sigmoid_sweep", "fp16", 128, "sm_90"),
         Case("sigmoid_sweep", "fp32", 128, "sm_90", precision="tf32"),
         *(Case(f"sigmoid_{op}", "bf16", 128, "gfx942") for op in ("sweep", "weights")),
@@ -114,7 +118,7 @@ def pair_kernel(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
     named = case.target.startswith("sm") and case.depth % 16 == 0
     architecture = case.target if named else "generic"
     row = TUNED_AS.get(case.op, case.op)
-    config = tuning.lookup(row, DTYPES[case.dtype], case.depth, architecture, ids=case.ids)
+    config = tuning.lookup(row, DTYPES[case.dtype], case.depth, architecture, ids=case.ids > 0)
     block_depth = min(config.block_depth, max(16, triton.next_power_of_2(case.depth)))
     constants = {
         "DIAGONALS": DIAGONALS.get(case.op, 1),
@@ -128,7 +132,7 @@ def pair_kernel(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
     sigmoid = case.op.startswith("sigmoid_")
     kernels = pair_sigmoid_kernels if sigmoid else pair_softmax_kernels
     if not sigmoid:
-        constants["HAS_IDS"] = case.ids
+        constants |= {"IDS": case.ids, "MATCHING": case.matching}
     if row.removeprefix("sigmoid_").startswith("sweep"):
         kernel = kernels.sweep_kernel
         constants["RESIDENT"] = case.depth <= block_depth

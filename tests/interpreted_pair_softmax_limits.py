@@ -14,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs TRITON_INTERPRET=1 from the start", allow_module_level=True)
 pytest.importorskip("triton")
 
+from tolerances import assert_near
 from triton_checks import (
     IGNORED_ID,
     arguments,
@@ -24,6 +25,7 @@ from triton_checks import (
     wide,
 )
 
+from ssl_fast.backends.reference import pair_softmax as reference
 from ssl_fast.backends.triton import device, launch, pair_softmax_sweep, strips
 from ssl_fast.backends.triton import pair_softmax as triton_backend
 
@@ -293,3 +295,44 @@ def test_serves_cpu_tensors_here():
         choice = dispatch.resolve(op, "cpu", torch.float32, (4, 4, 4), "triton")
         assert choice.name == "triton"
     assert device.config_for("sweep", torch.zeros(4, 4)).block_rows == 16
+
+
+@pytest.mark.parametrize(("matching", "each"), [(False, 2), (True, 1), (True, 2)])
+def test_ids(features, matching, each, poisoned_memory):
+    """Two ids in a row, and pairs that stay because they match."""
+    query, key = features(33, 20), features(50, 20)
+    scales = torch.rand(33) * 3, torch.rand(50) * 3
+    ids = [torch.randint(0, 4, (size, 2)) for size in (33, 50)]
+    for x in ids:
+        x[2::7, 0] = x[4::9, -1] = IGNORED_ID
+    ids = ids if each == 2 else [x[:, 0].clone() for x in ids]
+    rules, rule = (*ids, [1]), {"matching": matching}
+    given, exact_given = (query, key, *scales), wide(query, key, *scales)
+    exact = reference.pair_softmax(*exact_given, *rules, True, **rule)
+    found = triton_backend.pair_softmax(*given, *rules, True, **rule)
+    for x, e in zip(found, exact, strict=True):
+        assert_near(x, e, torch.float32)
+    grads = [torch.randn_like(x) for x in (found[0], found[2], found[3])]
+    gradients = triton_backend.pair_softmax_backward(
+        *given, *rules, found[0], found[2], *grads, True, True, **rule
+    )
+    doubled = [x.double() for x in (exact[0], exact[2], *grads)]
+    expected = reference.pair_softmax_backward(*exact_given, *rules, *doubled, True, True, **rule)
+    for x, e in zip(gradients, expected, strict=True):
+        assert_near(x, e, torch.float32)
+    found = triton_backend.pair_softmax_expectation(*given, *rules, **rule)
+    expected = reference.pair_softmax_expectation(*exact_given, *rules, **rule)
+    for x, e in zip(found, expected, strict=True):
+        assert_near(x, e, torch.float32)
+    given, rules = (query, torch.tensor(2.0), scales[0]), (ids[0], 0)
+    exact_given = [x.double() for x in given]
+    exact = reference.pair_softmax_symmetric(*exact_given, *rules, **rule)
+    found = triton_backend.pair_softmax_symmetric(*given, *rules, **rule)
+    for x, e in zip(found, exact, strict=True):
+        assert_near(x, e, torch.float32)
+    back = (found[0], torch.randn(33))
+    found = triton_backend.pair_softmax_symmetric_backward(*given, *rules, *back, **rule)
+    back = [x.double() for x in (exact[0], back[1])]
+    expected = reference.pair_softmax_symmetric_backward(*exact_given, *rules, *back, **rule)
+    for x, e in zip(found, expected, strict=True):
+        assert_near(x, e, torch.float32)

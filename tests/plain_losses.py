@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from tolerances import assert_near
@@ -128,25 +130,35 @@ def siglip(images, texts, logit_scale, logit_bias, reduction="mean", normalize=F
 
 def sup_con(
     embeddings, labels, temperature=0.1, reduction="mean", *, ref_emb=None, ref_labels=None,
-    normalize=True, row_weight=None, ignore=None, label_smoothing=0.0, decoupled=False,
+    normalize=True, query_ids=None, key_ids=None, row_weight=None, ignore=None, label_smoothing=0.0,
+    margin=0.0, decoupled=False, hard_negative_beta=0.0,
 ):  # fmt: skip
     """Of [N, D]; every anchor with its positives, its denominator and all of its keys written."""
-    keep, rows, labels = kept_rows(ignore, embeddings, labels)
+    keep, rows, labels, query_ids = kept_rows(ignore, embeddings, labels, query_ids)
     rows = unit(rows, normalize)
     keys = rows if ref_emb is None else unit(ref_emb, normalize)
-    key_labels = labels if ref_emb is None else ref_labels
+    key_labels, key_ids = (labels, query_ids) if ref_emb is None else (ref_labels, key_ids)
     losses, anchors = [], []
     for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
         others = torch.arange(len(keys)) != (i if ref_emb is None else -1)
         logits = keys[others] @ row / temperature
         same = key_labels[others] == label
-        denominator = logits[~same] if decoupled else logits
+        away = same if query_ids is None else same | (key_ids[others] == query_ids[i])
+        positive, negative = logits[same] - margin / temperature, logits[~away]
         anchors.append(bool(same.any()))
-        if not same.any() or len(denominator) == 0:
+        if not same.any() or (decoupled and len(negative) == 0):
             losses.append(0.0 * row.sum())
             continue
-        loss = denominator.logsumexp(dim=0) - logits[same].mean()
-        losses.append(loss + label_smoothing * (logits[same].mean() - logits.mean()))
+        beta = hard_negative_beta
+        parts = []
+        if len(negative):
+            parts.append(((1 + beta) * negative).logsumexp(dim=0))
+            if beta:
+                parts[0] = parts[0] + math.log(len(negative)) - (beta * negative).logsumexp(dim=0)
+        parts += [] if decoupled else [positive.logsumexp(dim=0)]
+        loss = torch.stack(parts).logsumexp(dim=0) - positive.mean()
+        everything = torch.cat([positive, negative]).mean()
+        losses.append(loss + label_smoothing * (positive.mean() - everything))
     losses = torch.stack(losses) if losses else rows.sum(dim=1)
     anchors = torch.tensor(anchors, dtype=torch.bool)
     if reduction == "mean":

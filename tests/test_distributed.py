@@ -68,12 +68,17 @@ def cases():
         yield "sup_con", one, {"temperature": 0.3}, labels
         yield "sup_con", views, {"temperature": 0.3}, labels
         reference = {**one, "ref_emb": (9,)}
-        yield "sup_con", reference, {}, {**labels, "ref_labels": LABELS.roll(2)}
+        classes = {**labels, "ref_labels": LABELS.roll(2)}
+        yield "sup_con", reference, {}, classes
+        yield "sup_con", reference, {}, {**classes, "margin": 0.1, "hard_negative_beta": 0.5}
     for options in (
         {"ignore": IGNORED},
         {"row_weight": WEIGHTS},
         {"label_smoothing": 0.2},
         {"decoupled": True},
+        {"query_ids": IDS, "label_smoothing": 0.1},
+        {"margin": 0.1, "hard_negative_beta": 0.5},
+        {"query_ids": IDS, "ignore": IGNORED, "decoupled": True, "hard_negative_beta": 1.0},
     ):
         yield "sup_con", one, {"temperature": 0.3}, {"labels": LABELS, **options}
     yield "info_nce", two, {"temperature": 0.01}, {"normalize": True}  # scale 100

@@ -167,7 +167,7 @@ def test_autocast_lowers_no_sum(backend, features, loss):
         options = {"ignore": IGNORE, "label_smoothing": 0.3, "return_stats": True}
         options |= {"row_weight": weight, "backend": backend}
         if loss == "sup_con":
-            return ssl_fast.sup_con(query, CLASSES, 0.2, **options)
+            return ssl_fast.sup_con(query, CLASSES, 0.2, **options, query_ids=IDS)
         return OURS[loss](query, key, 0.2, **options, query_ids=IDS)
 
     weight = torch.rand(N)
@@ -344,7 +344,7 @@ def test_a_bank_with_options_may_be_filled_before_the_backward(backend, features
     leaves = [query, temperature]
     common = {"normalize": "margin" not in option, "backend": backend, "ignore": IGNORE}
     ids = {"query_ids": IDS, "key_ids": torch.arange(20)}
-    classes = {"ref_labels": torch.arange(20) // 2, "label_smoothing": 0.1}
+    classes = {"ref_labels": torch.arange(20) // 2, **ids}
     for reduction in ("mean", "none"):
         options = {**common, "reduction": reduction}
         for loss in (
@@ -352,7 +352,7 @@ def test_a_bank_with_options_may_be_filled_before_the_backward(backend, features
                 query, key, keys, temperature, **o, **ids, **option
             ),
             lambda keys, o=options: ssl_fast.sup_con(
-                query, CLASSES, temperature, ref_emb=keys, **o, **classes
+                query, CLASSES, temperature, ref_emb=keys, **o, **classes, **option
             ),
         ):
             bank = ssl_fast.MemoryBank(20, 7, dtype)

@@ -21,6 +21,9 @@ LABELS = {
     "equal": torch.full((13,), 7),
 }
 KEY_LABELS = torch.tensor([0, 1, 3, 9, 9, 2, -4])
+IDS = torch.tensor([0, 0, 5, 0, 6, 6, 7, 5, 8, 9, 9, 5, 10])
+GIVEN = [{}, {"label_smoothing": 0.1}, {"margin": 0.2, "hard_negative_beta": 0.5}]
+KEY_IDS = torch.tensor([5, 6, 7, 8, 5, 0, 20])
 IGNORE = torch.zeros(13, dtype=torch.bool).index_fill_(0, torch.tensor([2, 8]), True)
 
 
@@ -66,6 +69,10 @@ def test_equals_the_plain_formula(backend, features, labels, references, reducti
 def test_options(backend, features, references):
     numbers = [{}, {"label_smoothing": 0.2}, {"decoupled": True}]
     numbers.append({"label_smoothing": 0.1, "decoupled": True})
+    numbers += [{"margin": 0.3}, {"hard_negative_beta": 0.7}, {"query_ids": IDS}]
+    numbers.append({"margin": 0.2, "hard_negative_beta": 0.5, "label_smoothing": 0.1})
+    numbers.append({"decoupled": True, "hard_negative_beta": 1.5, "query_ids": IDS, "margin": 0.1})
+    numbers.append({"query_ids": IDS, "label_smoothing": 0.3, "hard_negative_beta": 0.5})
     for labels, given, ignore, weighted in itertools.product(
         (SOME, LABELS["equal"]), numbers, (None, IGNORE), (False, True)
     ):
@@ -73,12 +80,14 @@ def test_options(backend, features, references):
         inputs.append((torch.rand(13) + 0.1).requires_grad_() if weighted else None)
         reduction = "none" if given and not weighted else "mean"
         options = {"reduction": reduction, "ignore": ignore, **given}
+        if references and "query_ids" in given:
+            options["key_ids"] = KEY_IDS
         what = f"{labels.unique().numel()} classes, {options}, weighted {weighted}:"
         assert_equals_float64(*both(labels, backend, **options), inputs, torch.float32, what)
 
 
 def test_options_in_half(backend, features, dtype):
-    options = {"ignore": IGNORE, "label_smoothing": 0.2}
+    options = {"ignore": IGNORE, "label_smoothing": 0.2, "margin": 0.2, "hard_negative_beta": 0.4}
     for references in (False, True):
         inputs = [*arguments_for(features, references, dtype), torch.rand(13)]
         assert_equals_float64(*both(SOME, backend, **options), inputs, dtype)
@@ -88,7 +97,7 @@ def test_options_in_half(backend, features, dtype):
 def test_gradients_in_float64(features, references):
     x, temperature, ref_emb = arguments_for(features, references, torch.float64, 5, 3)
     inputs = [x, temperature, *([ref_emb] if references else [])]
-    for reduction, options in itertools.product(REDUCTIONS, [{}, {"label_smoothing": 0.1}]):
+    for reduction, options in itertools.product(REDUCTIONS, GIVEN):
         ours, _ = both(SOME[:5], None, reduction=reduction, **options)
         assert torch.autograd.gradcheck(ours, inputs)
         assert torch.autograd.gradgradcheck(ours, inputs)

@@ -21,13 +21,17 @@ struct Rows {
 
 // A row with this id leaves the softmax with all its pairs.
 constexpr std::int64_t IGNORED_ID = INT64_MIN;
+constexpr int MAX_IDS = 2;
 
-// Which pairs (i, j) leave the softmax: j - i in diagonals, equal ids, or an id that is IGNORED_ID.
+// Which pairs (i, j) leave the softmax: j - i in diagonals, an id in common (with `matching`: none
+// in common), or an id that is IGNORED_ID.
 struct Exclusion {
     int n_diagonals;
     std::int64_t diagonals[MAX_DIAGONALS];
-    const std::int64_t* query_ids;  // [N] or null
-    const std::int64_t* key_ids;    // [M] or null
+    int n_ids;  // that a row has
+    bool matching;
+    const std::int64_t* query_ids[MAX_IDS];  // [N] each
+    const std::int64_t* key_ids[MAX_IDS];    // [M] each
 };
 
 enum class Pass : int {
@@ -87,15 +91,15 @@ struct PairSoftmaxSymmetric {
     const float* scale;      // [1]
     const float* row_scale;  // [N]; null in the loss pass: 1, or with `normalize` the inverse norms
     bool normalize;
-    const std::int64_t* ids;  // [N] or null
-    float* row_lse;           // [N]; the backward pass reads it
-    float* row_max;           // [N]
-    float* loss;              // [N]
-    float* positive_logit;    // [N]
-    const float* row_grad;    // [N]
-    void* grad_features;      // [N, D]
-    float* grad_scale;        // [N]
-    float* moment;            // [N]: sum_j (W_ij + W_ji) row_scale_j <x_i, x_j>
+    Exclusion exclusion;    // by ids; the diagonals are the kernel's own
+    float* row_lse;         // [N]; the backward pass reads it
+    float* row_max;         // [N]
+    float* loss;            // [N]
+    float* positive_logit;  // [N]
+    const float* row_grad;  // [N]
+    void* grad_features;    // [N, D]
+    float* grad_scale;      // [N]
+    float* moment;          // [N]: sum_j (W_ij + W_ji) row_scale_j <x_i, x_j>
     int threads;
     void* workspace;
 };

@@ -27,11 +27,11 @@ class SymmetricSweep {
           blocks_(ceil_div(rows_, BLOCK)),
           players_(round_up(larger(blocks_, 2), 2)),
           padded_d_(round_up(call.d, LANES)),
-          gradient_asked_(call.grad_features != nullptr || call.moment != nullptr) {
+          gradient_asked_(call.grad_features != nullptr || call.moment != nullptr),
+          rule_(call.exclusion) {
         rule_.n_diagonals = call.pairs > 0 ? 3 : 1;
         rule_.diagonals[1] = call.pairs;
         rule_.diagonals[2] = -call.pairs;
-        rule_.key_ids = call.ids;
         const int64_t padded = blocks_ * BLOCK, subs = padded / LANES;
         const int64_t depth = gradient_asked_ ? Path::key_sum_rows(c_.d) : 0;
         Arena arena(c_.workspace);
@@ -46,7 +46,7 @@ class SymmetricSweep {
                        arena.take<float>(padded)};
         lse_ = arena.take<float>(padded);
         weight_ = arena.take<float>(padded);
-        ids_ = call.ids == nullptr ? nullptr : arena.take<int64_t>(padded);
+        ids_ = arena.take<int64_t>(rule_.n_ids * padded);
         key_sums_ = arena.take<float>(subs * depth * LANES);
         if (gradient_asked_) {
             weighted_ = arena.take<float>(padded_d_ / LANES * subs * Path::WEIGHTED_FLOATS);
@@ -128,7 +128,8 @@ class SymmetricSweep {
             const int64_t i = sub * LANES + lane;
             const bool exists = i < rows_;
             if (!exists) keys_.scale[i] = 0.0f;
-            if (ids_ != nullptr) ids_[i] = exists ? c_.ids[i] : 0;
+            for (int id = 0; id < rule_.n_ids; ++id)
+                ids_[id * blocks_ * BLOCK + i] = exists ? rule_.query_ids[id][i] : 0;
             const float norm = keys_.scale[i], scale = *c_.scale * norm * LOG2E;
             query_scale_[i] = scale;
             one[lane] = 1.0f;
@@ -176,7 +177,7 @@ class SymmetricSweep {
             Path::logits(packed, queries, rows, row, c_.d, tile);
             if (Path::BF16)
                 scale_logits(query_scale_ + panel.query, keys_.scale + panel.key, panel.rows, tile);
-            exclude(rule_, ids_ == nullptr ? nullptr : ids_ + panel.query, panel, tile);
+            exclude(rule_, ids_ + panel.query, blocks_ * BLOCK, panel, tile);
             if (panel.queries < LANES)
                 fill_lanes(tile, panel.rows, panel.queries, -__builtin_inff());
             use(panel, tile);
@@ -292,12 +293,12 @@ class SymmetricSweep {
     const PairSoftmaxSymmetric& c_;
     const int64_t rows_, blocks_, players_, padded_d_;
     const bool gradient_asked_;
+    Exclusion rule_;
     std::size_t bytes_;
 
-    Exclusion rule_{};
     PackedKeys keys_;
     int* counters_;
-    int64_t* ids_;
+    int64_t* ids_;  // [n_ids][rows, padded]
     float *queries_, *query_scale_;
     Statistics statistics_;
     float *lse_, *weight_;         // in units of log 2; d loss / d lse

@@ -143,7 +143,7 @@ class Sweep {
         alignas(64) float row_lse[LANES];
         alignas(64) float row_grad[LANES];  // of the sigmoid: the row's weight
         alignas(64) float lost[LANES], weight[LANES], positive[LANES];
-        alignas(64) int64_t ids[LANES];
+        alignas(64) int64_t ids[MAX_IDS][LANES];
         float* packed;   // the queries
         float* key_sum;  // [D][LANES]
 
@@ -225,7 +225,8 @@ class Sweep {
                                                         : *c_.scale;
             query_scale_[i] = scale;
             own.scale[lane] = scale * LOG2E;
-            own.ids[lane] = exists && c_.exclusion.query_ids ? c_.exclusion.query_ids[i] : 0;
+            for (int id = 0; id < c_.exclusion.n_ids; ++id)
+                own.ids[id][lane] = exists ? c_.exclusion.query_ids[id][i] : 0;
             if constexpr (SIGMOID) {
                 own.row_grad[lane] = !exists                    ? 0.0f
                                      : c_.row_weight != nullptr ? c_.row_weight[i]

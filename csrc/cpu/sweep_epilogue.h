@@ -13,7 +13,7 @@ void Sweep<Path, Call>::softmax(int64_t sub, int row, const Block& panel, float*
         on_diagonal(c_.exclusion, panel, tile, [&](int64_t lane, float& logit) {
             c_.diagonal_logit[panel.query + lane] = logit * LN2;
         });
-    exclude(c_.exclusion, c_.exclusion.query_ids != nullptr ? own.ids : nullptr, panel, tile);
+    exclude(c_.exclusion, own.ids[0], LANES, panel, tile);
     if (c_.pass == Pass::backward) {
         given_weights(tile, panel.rows, given(panel, own));
         if (c_.diagonal_grad != nullptr)
@@ -45,7 +45,7 @@ void Sweep<Path, Call>::sigmoid(const Block& panel, float* tile, SubBlock& own) 
     const float bias = *c_.bias;
     on_diagonal(c_.exclusion, panel, tile,
                 [&](int64_t lane, float& logit) { own.positive[lane] = logit * LN2 + bias; });
-    exclude(c_.exclusion, nullptr, panel, tile);
+    exclude(c_.exclusion, nullptr, 0, panel, tile);
     sigmoid_weights(tile, panel.rows, bias * LOG2E, own.row_grad, {own.sum, own.lost, own.weight});
     on_diagonal(c_.exclusion, panel, tile, [&](int64_t lane, float& weight) {
         const Sigmoid of_negative = sigmoid_of(-own.positive[lane]);

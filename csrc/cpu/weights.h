@@ -46,9 +46,40 @@ inline void exclude_row(float* row) {
     for (int v = 0; v < LANES; v += WIDTH) store(row + v, broadcast(-__builtin_inff()));
 }
 
-// `lane_ids` are the queries' ids, padded to LANES; null without an id rule.
-inline void exclude(const Exclusion& rule, const int64_t* lane_ids, const Block& block,
-                    float* logits) {
+// The pairs of a block that leave for their ids. The queries' first ids are at `lane_ids`, padded
+// to LANES, their second ones at distance `stride`.
+inline void exclude_ids(const Exclusion& rule, const int64_t* lane_ids, int64_t stride,
+                        const Block& block, float* logits) {
+    const Vec excluded = broadcast(-__builtin_inff());
+    for (int row = 0; row < block.keys; ++row) {
+        bool ignored = false;
+        for (int id = 0; id < rule.n_ids; ++id)
+            ignored |= rule.key_ids[id][block.key + row] == IGNORED_ID;
+        if (ignored) {
+            exclude_row(logits + row * LANES);
+            continue;
+        }
+        for (int v = 0; v < LANES; v += WIDTH) {
+            float* p = logits + row * LANES + v;
+            const Vec logit = load(p), common = rule.matching ? logit : excluded;
+            Vec kept = rule.matching ? excluded : logit;
+            for (int id = 0; id < rule.n_ids; ++id)
+                kept = select_equal(lane_ids + id * stride + v, rule.key_ids[id][block.key + row],
+                                    common, kept);
+            store(p, kept);
+        }
+    }
+    for (int id = 0; id < rule.n_ids; ++id)
+        for (int lane = 0; lane < block.queries; ++lane) {
+            if (lane_ids[id * stride + lane] != IGNORED_ID) continue;
+            for (int row = 0; row < block.keys; ++row)
+                logits[row * LANES + lane] = -__builtin_inff();
+        }
+}
+
+// `lane_ids` and `stride` as for exclude_ids.
+inline void exclude(const Exclusion& rule, const int64_t* lane_ids, int64_t stride,
+                    const Block& block, float* logits) {
     for (int rows = block.keys; rows < block.rows; ++rows) exclude_row(logits + rows * LANES);
     for (int k = 0; k < rule.n_diagonals; ++k) {
         const int64_t first = block.query + rule.diagonals[k] - block.key;
@@ -56,22 +87,7 @@ inline void exclude(const Exclusion& rule, const int64_t* lane_ids, const Block&
         for (int64_t lane = begin; lane < end; ++lane)
             logits[(first + lane) * LANES + lane] = -__builtin_inff();
     }
-    if (lane_ids == nullptr) return;
-    const Vec excluded = broadcast(-__builtin_inff());
-    for (int lane = 0; lane < block.queries; ++lane) {
-        if (lane_ids[lane] != IGNORED_ID) continue;
-        for (int row = 0; row < block.keys; ++row) logits[row * LANES + lane] = -__builtin_inff();
-    }
-    for (int row = 0; row < block.keys; ++row) {
-        if (rule.key_ids[block.key + row] == IGNORED_ID) {
-            exclude_row(logits + row * LANES);
-            continue;
-        }
-        for (int v = 0; v < LANES; v += WIDTH) {
-            float* p = logits + row * LANES + v;
-            store(p, select_equal(lane_ids + v, rule.key_ids[block.key + row], excluded, load(p)));
-        }
-    }
+    if (rule.n_ids > 0) exclude_ids(rule, lane_ids, stride, block, logits);
 }
 
 // Calls use(lane, logit) for the pairs of a block on the first diagonal.

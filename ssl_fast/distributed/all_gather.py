@@ -42,10 +42,11 @@ class AllGather(Processes):
         query_scale: Tensor,  # [N]
         key_scale: Tensor,  # [M]
         *,
-        query_ids: Tensor | None = None,  # [N]
-        key_ids: Tensor | None = None,  # [M]
+        query_ids: Tensor | None = None,  # [N] or [N, 2]
+        key_ids: Tensor | None = None,  # [M] or [M, 2]
         diagonals: Sequence[int] = (),
         columns: bool = False,
+        matching: bool = False,
         backend: str | None = None,
     ) -> pair_softmax.PairSoftmax:
         """Local rows against the keys of all ranks, local columns against the rows of all ranks."""
@@ -56,7 +57,7 @@ class AllGather(Processes):
             return pair_softmax.pair_softmax(
                 query, keys[first:last], query_scale, scales[first:last],
                 query_ids=query_ids, key_ids=None if ids is None else ids[first:last],
-                diagonals=diagonals, columns=columns, backend=backend,
+                diagonals=diagonals, columns=columns, matching=matching, backend=backend,
             )  # fmt: skip
 
         if not diagonals or (tuple(diagonals) == (0,) and query.shape[0] <= own):

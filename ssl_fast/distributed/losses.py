@@ -165,10 +165,14 @@ def sup_con(
     ref_labels: Tensor | None = None,  # [M]
     normalize: bool = True,
     reduction: str = "mean",
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
     row_weight: Tensor | None = None,
     ignore: Tensor | None = None,
     label_smoothing: float = 0.0,
+    margin: float = 0.0,
     decoupled: bool = False,
+    hard_negative_beta: float = 0.0,
     return_stats: bool = False,
     backend: str | None = None,
     group: Any = None,
@@ -185,7 +189,8 @@ def sup_con(
     exchange = exchange_over(group, mode, sizes, embeddings, views=views, others=ref_emb)
     return sup_con_loss.sup_con_over(
         exchange, embeddings, labels, temperature, ref_emb=ref_emb, ref_labels=ref_labels,
-        normalize=normalize, reduction=reduction, row_weight=row_weight, ignore=ignore,
-        label_smoothing=label_smoothing, decoupled=decoupled, return_stats=return_stats,
+        normalize=normalize, reduction=reduction, query_ids=query_ids, key_ids=key_ids,
+        row_weight=row_weight, ignore=ignore, label_smoothing=label_smoothing, margin=margin,
+        decoupled=decoupled, hard_negative_beta=hard_negative_beta, return_stats=return_stats,
         backend=backend,
     )  # fmt: skip

@@ -33,15 +33,16 @@ class Ring(Processes):
         query_scale: Tensor,  # [N]
         key_scale: Tensor,  # [M]
         *,
-        query_ids: Tensor | None = None,  # [N]
-        key_ids: Tensor | None = None,  # [M]
+        query_ids: Tensor | None = None,  # [N] or [N, 2]
+        key_ids: Tensor | None = None,  # [M] or [M, 2]
         diagonals: Sequence[int] = (),
         columns: bool = False,
+        matching: bool = False,
         backend: str | None = None,
     ) -> PairSoftmax:
         """Local rows against the keys of all ranks, local columns against the rows of all ranks."""
         results: Any = _RingSoftmax.apply(  # type: ignore[no-untyped-call]
-            self, tuple(diagonals), columns, backend or "",
+            self, tuple(diagonals), columns, matching, backend or "",
             query, key, query_scale.contiguous(), key_scale.contiguous(), query_ids, key_ids,
         )  # fmt: skip
         return PairSoftmax(*results)
@@ -82,15 +83,16 @@ class _RingSoftmax(Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        ring, diagonals, columns, backend, query, key, query_scale, key_scale, *ids = inputs
-        ctx.ring, ctx.diagonals, ctx.columns, ctx.backend = inputs[:4]
+        ring, diagonals, columns, matching, backend, *rest = inputs
+        query, key, query_scale, key_scale, *ids = rest
+        ctx.ring, ctx.diagonals, ctx.columns, ctx.matching, ctx.backend = inputs[:5]
         found: list[Tensor] = []
 
         def visit(own: bool, tensors: list[Any]) -> tuple[Tensor, ...]:
             keys, scales, key_ids = tensors
             lse, maximum, column_lse, diagonal = torch.ops.ssl_fast.pair_softmax(
                 query, keys, query_scale, scales, ids[0], key_ids, diagonals if own else (),
-                columns, backend=backend,
+                columns, matching=matching, backend=backend,
             )  # fmt: skip
             if own:
                 found.extend((lse, maximum, diagonal))
@@ -125,7 +127,7 @@ class _RingSoftmax(Function):
             column_grad = torch.zeros_like(column_lse)
         if diagonal_grad is not None:
             diagonal_grad = diagonal_grad.contiguous() if ctx.diagonals else None
-        need_query, need_key, _, need_key_scale = ctx.needs_input_grad[4:8]
+        need_query, need_key, _, need_key_scale = ctx.needs_input_grad[5:9]
         own_grads: list[Tensor] = []
 
         def visit(own: bool, tensors: list[Any]) -> tuple[Tensor, ...]:
@@ -134,7 +136,7 @@ class _RingSoftmax(Function):
                 torch.ops.ssl_fast.pair_softmax_backward(
                     query, keys, query_scale, scales, query_ids, ids, ctx.diagonals if own else (),
                     row_lse, lse, row_grad, grad, diagonal_grad if own else None,
-                    need_query, need_key, backend=ctx.backend,
+                    need_query, need_key, matching=ctx.matching, backend=ctx.backend,
                 )
             )  # fmt: skip
             if own:
@@ -150,7 +152,7 @@ class _RingSoftmax(Function):
         home = rotate(ring, ring.key_sizes, "pair_softmax", travelling, visit, gradient=True)
         grad_query, grad_query_scale = own_grads
         return (
-            *(None,) * 4,
+            *(None,) * 5,
             grad_query.to(query.dtype) if need_query else None,
             home[0].to(key.dtype) if need_key else None,
             grad_query_scale,

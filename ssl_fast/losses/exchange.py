@@ -35,10 +35,11 @@ class Local:
         query_scale: Tensor,  # [N]
         key_scale: Tensor,  # [M]
         *,
-        query_ids: Tensor | None = None,  # [N]
-        key_ids: Tensor | None = None,  # [M]
+        query_ids: Tensor | None = None,  # [N] or [N, 2]
+        key_ids: Tensor | None = None,  # [M] or [M, 2]
         diagonals: Sequence[int] = (),
         columns: bool = False,
+        matching: bool = False,
         backend: str | None = None,
     ) -> pair_softmax.PairSoftmax:
         """This process's rows against the keys of all, its keys against the rows of all.
@@ -50,7 +51,7 @@ class Local:
         return pair_softmax.pair_softmax(
             query, key, query_scale, key_scale,
             query_ids=query_ids, key_ids=key_ids, diagonals=diagonals, columns=columns,
-            backend=backend,
+            matching=matching, backend=backend,
         )  # fmt: skip
 
     def pair_sigmoid(

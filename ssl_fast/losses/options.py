@@ -97,8 +97,13 @@ def check_row_options(options: Options, features: Tensor) -> None:
     check_numbers(options)
 
 
-def options_of(features: Tensor, key_rows: int, *, in_batch: bool, **given: Any) -> Options:
-    """The options after all checks; in a batch a key's id is its query's unless given."""
+def options_of(
+    features: Tensor, key_rows: int, *, in_batch: bool, keys: str = "negative_keys", **given: Any
+) -> Options:
+    """The options after all checks; in a batch a key's id is its query's unless given.
+
+    ``keys`` names the argument with the keys where they aren't the batch's.
+    """
     options = Options(**given)
     check_row_options(options, features)
     check_per_row("key_ids", options.key_ids, key_rows, features.device, torch.int64)
@@ -106,7 +111,7 @@ def options_of(features: Tensor, key_rows: int, *, in_batch: bool, **given: Any)
         raise ValueError("query_ids must be given with key_ids; got None")
     if options.query_ids is not None and options.key_ids is None:
         if not in_batch:
-            raise ValueError("key_ids must be given with query_ids and negative_keys; got None")
+            raise ValueError(f"key_ids must be given with query_ids and {keys}; got None")
         options = options._replace(key_ids=options.query_ids)
     return options
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ssl_fast.losses.anchors import Anchors, kept_sums, log_denominator
 from ssl_fast.losses.contrastive import (
     ContrastiveModule,
     accept_features,
@@ -15,15 +16,9 @@ from ssl_fast.losses.contrastive import (
     scale_from,
 )
 from ssl_fast.losses.exchange import Local
-from ssl_fast.losses.options import (
-    Options,
-    check_per_row,
-    check_row_options,
-    reduce_weighted,
-)
+from ssl_fast.losses.options import Options, check_per_row, options_of, reduce_weighted
 from ssl_fast.losses.rows import key_norms
 from ssl_fast.ops.pair_softmax import IGNORED_ID, accumulation_dtype
-from ssl_fast.ops.pair_softmax_symmetric import pair_softmax_symmetric
 
 __all__ = ["SupConLoss", "SupConStats", "sup_con"]
 
@@ -64,22 +59,33 @@ def _accept(
     return rows, labels, views, ref_emb, ref_labels
 
 
-def _log_sum_exp(
-    exchange: Local,
+def _per_view(value: Tensor | None, views: int) -> Tensor | None:
+    return value if value is None or views == 1 else value.repeat_interleave(views)
+
+
+def _anchors(
     rows: Tensor,  # [N, D]
-    keys: Tensor,  # [M, D]
-    scale: Tensor,  # []
-    norms: tuple[Tensor, Tensor],  # [N], [M]
-    ids: tuple[Tensor | None, Tensor | None],  # [N], [M]
-    backend: str | None,
-) -> Tensor:
-    """Over the keys in each anchor's denominator; of the anchors themselves on half the tiles."""
-    if keys is rows and exchange.world_size == 1:
-        return pair_softmax_symmetric(rows, scale, norms[0], ids=ids[0], backend=backend)[0]
-    return exchange.pair_softmax(
-        rows, keys, scale * norms[0], norms[1],
-        query_ids=ids[0], key_ids=ids[1], diagonals=(0,) if keys is rows else (), backend=backend,
-    ).row_lse  # fmt: skip
+    labels: Tensor,  # [N]
+    ref_emb: Tensor | None,  # [M, D]
+    ref_labels: Tensor | None,  # [M]
+    options: Options,  # of the rows
+    normalize: bool,
+    ones: Tensor,  # []
+) -> Anchors:
+    """The pairs, and ignored rows as zeros: padding with NaN reaches no product and no gradient."""
+    ids, key_ids, ignore = options.query_ids, options.key_ids, options.ignore
+    if ignore is not None:
+        rows = rows.masked_fill(ignore[:, None], 0.0)
+        labels = labels.masked_fill(ignore, IGNORED_ID)
+        ids = None if ids is None else ids.masked_fill(ignore, IGNORED_ID)
+    norm = key_norms(rows) if normalize else ones.expand(rows.shape[0])
+    if ref_emb is None or ref_labels is None:
+        both = None if ids is None else (ids, ids)
+        return Anchors(rows, rows, (norm, norm), (labels, labels), both, ignore is not None)
+    key_norm = key_norms(ref_emb) if normalize else ones.expand(ref_emb.shape[0])
+    both = None if ids is None or key_ids is None else (ids, key_ids)
+    ignoring = ignore is not None
+    return Anchors(rows, ref_emb, (norm, key_norm), (labels, ref_labels), both, ignoring)
 
 
 def sup_con_over(
@@ -92,93 +98,52 @@ def sup_con_over(
     ref_labels: Tensor | None,  # [M]
     normalize: bool,
     reduction: str,
-    row_weight: Tensor | None,
-    ignore: Tensor | None,
-    label_smoothing: float,
-    decoupled: bool,
     return_stats: bool,
     backend: str | None,
+    **given: Any,
 ) -> Any:
-    """``sup_con`` where the other rows may be those of many processes."""
+    """``sup_con`` where other rows may be those of many processes; ``given`` are the options."""
     check_options(reduction, backend)
     rows, labels, views, ref_emb, ref_labels = _accept(embeddings, labels, ref_emb, ref_labels)
     scale = scale_from(temperature, rows)
-    per_row = Options(
-        row_weight=row_weight, ignore=ignore, label_smoothing=label_smoothing, decoupled=decoupled
-    )
-    check_row_options(per_row, embeddings)
-    if views > 1:
-        row_weight, ignore = (
-            None if x is None else x.repeat_interleave(views) for x in (row_weight, ignore)
-        )
-    if ignore is not None:
-        # Padding with NaN reaches neither a product nor a gradient.
-        rows = rows.masked_fill(ignore[:, None], 0.0)
-        labels = labels.masked_fill(ignore, IGNORED_ID)
     own = ref_emb is None
-    keys, key_labels = (rows, labels) if ref_emb is None else (ref_emb, ref_labels)
+    if own and given["key_ids"] is not None:
+        raise ValueError("key_ids must be None without ref_emb: query_ids are the keys' as well")
+    key_rows = embeddings.shape[0] if ref_emb is None else ref_emb.shape[0]
+    options = options_of(embeddings, key_rows, in_batch=own, keys="ref_emb", **given)
+    options = options._replace(
+        query_ids=_per_view(options.query_ids, views),
+        row_weight=_per_view(options.row_weight, views),
+        ignore=_per_view(options.ignore, views),
+    )
     ones = scale.new_ones(())
-    norm = key_norms(rows) if normalize else ones.expand(rows.shape[0])
-    key_norm = norm if own else key_norms(keys) if normalize else ones.expand(keys.shape[0])
-    ids = _ids(labels, key_labels, decoupled, ignore, own and exchange.world_size == 1)
-    lse = _log_sum_exp(exchange, rows, keys, scale, (norm, key_norm), ids, backend)
+    anchors = _anchors(rows, labels, ref_emb, ref_labels, options, normalize, ones)
 
     wide = accumulation_dtype(rows)
-    unit = rows.to(wide) * norm[:, None]
-    unit_keys = unit if own else keys.to(wide) * key_norm[:, None]
-    sums, counts = exchange.class_sums(labels, unit_keys, key_labels)
+    unit = anchors.rows.to(wide) * anchors.norms[0][:, None]
+    unit_keys = unit if own else anchors.keys.to(wide) * anchors.norms[1][:, None]
+    sums, counts = exchange.class_sums(anchors.labels[0], unit_keys, anchors.labels[1])
     if own:
         sums, counts = sums - unit, counts - 1.0
     has_positive = counts > 0.0
+    lse = log_denominator(exchange, anchors, scale, counts, options, backend)
     alike = (unit * sums).sum(dim=1) / torch.where(has_positive, counts, 1.0)
-    positive = scale * alike
+    positive = scale * (alike - options.margin) if options.margin else scale * alike
     kept = has_positive & (lse > -torch.inf)
     losses = torch.where(kept, torch.where(kept, lse, 0.0) - positive, 0.0)
-    if label_smoothing:
-        everything, number = _all_but_self(exchange, unit, unit_keys, key_labels, own)
-        mean = scale * (unit * everything).sum(dim=1) / torch.where(number > 0.0, number, 1.0)
-        losses = losses + torch.where(kept, label_smoothing * (positive - mean), 0.0)
-    loss = reduce_weighted(exchange, losses, reduction, row_weight, ~has_positive)
+    if options.label_smoothing:
+        everything, number = kept_sums(exchange, anchors, unit, unit_keys)
+        mean = (unit * everything).sum(dim=1) - options.margin * counts
+        mean = scale * mean / torch.where(number > 0.0, number, 1.0)
+        smoothed = options.label_smoothing * (positive - mean)
+        losses = losses + torch.where(kept, smoothed, 0.0)
+    loss = reduce_weighted(exchange, losses, reduction, options.row_weight, ~has_positive)
     if reduction == "none":
         loss = loss.view(embeddings.shape[:-1])
     if not return_stats:
         return loss
     share = has_positive.to(wide)
     return loss, SupConStats(lse.detach(), (share * alike.detach()).sum() / share.sum())
-
-
-def _ids(
-    labels: Tensor,  # [N]
-    key_labels: Tensor | None,  # [M]
-    decoupled: bool,
-    ignore: Tensor | None,  # [N]
-    symmetric: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Which ids leave the denominator: those of a class when decoupled, and the ignored rows'."""
-    if decoupled:
-        return labels, key_labels
-    if ignore is None or key_labels is None:
-        return None, None
-    if symmetric:
-        # Each row has an id of its own.
-        own = torch.arange(labels.shape[0], device=labels.device).masked_fill(ignore, IGNORED_ID)
-        return own, own
-    query_ids = torch.zeros_like(labels).masked_fill(ignore, IGNORED_ID)
-    return query_ids, torch.ones_like(key_labels).masked_fill(key_labels == IGNORED_ID, IGNORED_ID)
-
-
-def _all_but_self(
-    exchange: Local,
-    unit: Tensor,  # [N, D]
-    unit_keys: Tensor,  # [M, D]
-    key_labels: Tensor | None,  # [M]
-    own: bool,
-) -> tuple[Tensor, Tensor]:
-    """The sum of all keys but the anchor itself [N, D], and how many they are [N]."""
-    sums, number = exchange.class_sums(None, unit_keys, key_labels)
-    if own:
-        return sums - unit, (number - 1.0).expand(unit.shape[0])
-    return sums.expand_as(unit), number.expand(unit.shape[0])
 
 
 def sup_con(
@@ -190,10 +155,14 @@ def sup_con(
     ref_labels: Tensor | None = None,  # [M]
     normalize: bool = True,
     reduction: str = "mean",
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
     row_weight: Tensor | None = None,
     ignore: Tensor | None = None,
     label_smoothing: float = 0.0,
+    margin: float = 0.0,
     decoupled: bool = False,
+    hard_negative_beta: float = 0.0,
     return_stats: bool = False,
     backend: str | None = None,
 ) -> Any:
@@ -202,7 +171,8 @@ def sup_con(
     Here s is ``z @ z.T / temperature`` without its diagonal and z is ``F.normalize(embeddings)``.
     The loss (outside the logarithm) of Khosla et al., "Supervised Contrastive Learning"
     (arXiv:2004.11362). A mean over positives is a product with their sum, so that no N x N mask
-    exists; the sweep visits the symmetric half of the tiles, and memory grows with N.
+    exists; the sweep visits the symmetric half of the tiles, and memory grows with N. Ids, a margin
+    or hard negatives take a sweep over the positives and one over the negatives (two when hard).
 
     Args:
         embeddings: [N, D], or [N, views, D] where all views of a row have its label.
@@ -215,11 +185,17 @@ def sup_con(
         reduction: "mean" over the anchors that have a positive (0, with gradients 0, where none
             has), "sum", or "none" (of every anchor, 0 for one without a positive, [N] or
             [N, views]).
+        query_ids: int64 [N]; an embedding of another class that has an anchor's id leaves its
+            denominator: a false negative.
+        key_ids: int64 [M], the ids of ``ref_emb``, given with ``query_ids``.
         row_weight: [N], what an anchor's loss is multiplied by; a mean divides by their sum.
         ignore: bool [N]; these rows are neither anchors nor keys: the result is that of the batch
             without them, whatever they hold.
         label_smoothing: how much of an anchor's target goes to all its keys alike, in [0, 1).
+        margin: subtracted from the positives' similarities.
         decoupled: positives leave the denominator.
+        hard_negative_beta: how much harder negatives weigh more, beta of Robinson et al.
+            (arXiv:2010.04592) with tau_plus = 0; 0 is none.
         return_stats: give ``(loss, stats)``; stats holds ``lse`` [N] and ``positive_similarity``,
             detached.
         backend: "reference", "native" or "triton"; None lets the dispatcher choose.
@@ -238,8 +214,9 @@ def sup_con(
     """
     return sup_con_over(
         Local(), embeddings, labels, temperature, ref_emb=ref_emb, ref_labels=ref_labels,
-        normalize=normalize, reduction=reduction, row_weight=row_weight, ignore=ignore,
-        label_smoothing=label_smoothing, decoupled=decoupled, return_stats=return_stats,
+        normalize=normalize, reduction=reduction, query_ids=query_ids, key_ids=key_ids,
+        row_weight=row_weight, ignore=ignore, label_smoothing=label_smoothing, margin=margin,
+        decoupled=decoupled, hard_negative_beta=hard_negative_beta, return_stats=return_stats,
         backend=backend,
     )  # fmt: skip
 
@@ -258,7 +235,9 @@ class SupConLoss(ContrastiveModule):
         reduction: str = "mean",
         normalize: bool = True,
         label_smoothing: float = 0.0,
+        margin: float = 0.0,
         decoupled: bool = False,
+        hard_negative_beta: float = 0.0,
         return_stats: bool = False,
         backend: str | None = None,
     ) -> None:
@@ -269,7 +248,9 @@ class SupConLoss(ContrastiveModule):
             return_stats=return_stats,
             backend=backend,
             label_smoothing=label_smoothing,
+            margin=margin,
             decoupled=decoupled,
+            hard_negative_beta=hard_negative_beta,
         )
 
     def forward(
@@ -279,11 +260,12 @@ class SupConLoss(ContrastiveModule):
         *,
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
-        row_weight: Tensor | None = None,
-        ignore: Tensor | None = None,
+        **per_row: Any,
     ) -> Any:
-        """The loss of ``embeddings`` [N, D] or [N, views, D]."""
+        """The loss of ``embeddings`` [N, D] or [N, views, D].
+
+        ``per_row`` are ``query_ids``, ``key_ids``, ``row_weight`` and ``ignore``.
+        """
         return sup_con(
-            embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels, row_weight=row_weight,
-            ignore=ignore, **self.options(),
-        )  # fmt: skip
+            embeddings, labels, ref_emb=ref_emb, ref_labels=ref_labels, **self.options(), **per_row
+        )

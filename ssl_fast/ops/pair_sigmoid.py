@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["pair_sigmoid"]
 
 
-def _fake(query: Tensor, key: Tensor, *rest: Any, **_: str) -> Any:
+def _fake(query: Tensor, key: Tensor, *rest: Any, **_: Any) -> Any:
     need_query, need_key = rest[-2:]
     count = None if need_query or need_key else 0
     return (

@@ -1,8 +1,9 @@
 """pair_softmax: log-sum-exp of scaled products of all pairs of rows, never storing a pair.
 
 s_ij = query_scale_i key_scale_j <q_i, k_j>. A pair leaves the softmax where j - i is one of
-``diagonals``, where query_ids[i] == key_ids[j], or where either id is ``IGNORED_ID``. The arguments
-of the operators ``torch.ops.ssl_fast.pair_softmax``, ``pair_softmax_expectation`` and
+``diagonals``, where query_ids[i] == key_ids[j] (with ``matching``: where they differ), or where
+either id is ``IGNORED_ID``. Rows with two ids, [N, 2] and [M, 2], are equal in either. Arguments of
+the operators ``torch.ops.ssl_fast.pair_softmax``, ``pair_softmax_expectation`` and
 ``pair_softmax_backward`` are those of the backends' functions. The gradient is a second sweep, or
 comes from the expected keys where the keys need none; gradients of gradients are those of the
 reference formula, which stores the pairs.
@@ -53,7 +54,7 @@ class PairSoftmax(NamedTuple):
     diagonal_logit: Tensor  # [N]: s_ij at j = i + diagonals[0], or [0] without a diagonal
 
 
-def _fake_pair_softmax(query: Tensor, key: Tensor, *rest: Any, **_: str) -> Any:
+def _fake_pair_softmax(query: Tensor, key: Tensor, *rest: Any, **_: Any) -> Any:
     diagonals, columns = rest[-2:]
     return (
         empty_rows(query),
@@ -63,7 +64,7 @@ def _fake_pair_softmax(query: Tensor, key: Tensor, *rest: Any, **_: str) -> Any:
     )
 
 
-def _fake_expectation(query: Tensor, _key: Tensor, *rest: Any, **_: str) -> Any:
+def _fake_expectation(query: Tensor, _key: Tensor, *rest: Any, **_: Any) -> Any:
     wide = accumulation_dtype(query)
     return (
         empty_rows(query),
@@ -73,7 +74,7 @@ def _fake_expectation(query: Tensor, _key: Tensor, *rest: Any, **_: str) -> Any:
     )
 
 
-def _fake_backward(query: Tensor, key: Tensor, *rest: Any, **_: str) -> Any:
+def _fake_backward(query: Tensor, key: Tensor, *rest: Any, **_: Any) -> Any:
     need_query, need_key = rest[-2:]
     return (
         empty_like(query, need_query, query),
@@ -87,19 +88,21 @@ RULES = "Tensor? query_ids, Tensor? key_ids, SymInt[] diagonals"
 _SCALED = f"Tensor query, Tensor key, Tensor query_scale, Tensor key_scale, {RULES}"
 
 _pair_softmax = register(
-    f'pair_softmax({_SCALED}, bool columns, *, str backend="") -> (Tensor, Tensor, Tensor, Tensor)',
+    f'pair_softmax({_SCALED}, bool columns, *, bool matching=False, str backend="") -> '
+    "(Tensor, Tensor, Tensor, Tensor)",
     implementation("pair_softmax", 1),
     _fake_pair_softmax,
 )
 _pair_softmax_expectation = register(
-    f'pair_softmax_expectation({_SCALED}, *, str backend="") -> (Tensor, Tensor, Tensor, Tensor)',
+    f'pair_softmax_expectation({_SCALED}, *, bool matching=False, str backend="") -> '
+    "(Tensor, Tensor, Tensor, Tensor)",
     implementation("pair_softmax_expectation", 1),
     _fake_expectation,
 )
 _pair_softmax_backward = register(
     f"pair_softmax_backward({_SCALED}, Tensor row_lse, Tensor? column_lse, Tensor row_grad, "
     "Tensor? column_grad, Tensor? diagonal_grad, bool need_query, bool need_key, *, "
-    'str backend="") -> (Tensor, Tensor, Tensor, Tensor)',
+    'bool matching=False, str backend="") -> (Tensor, Tensor, Tensor, Tensor)',
     implementation("pair_softmax_backward", 1),
     _fake_backward,
 )
@@ -111,12 +114,12 @@ class _Sweep(Function):
     @staticmethod
     @open_signature
     def forward(*inputs: Any) -> Any:
-        *arguments, backend = inputs
-        return _pair_softmax(*arguments, backend=backend)
+        *arguments, matching, backend = inputs
+        return _pair_softmax(*arguments, matching=matching, backend=backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *tensors, ctx.diagonals, ctx.columns, ctx.backend = inputs
+        *tensors, ctx.diagonals, ctx.columns, ctx.matching, ctx.backend = inputs
         row_lse, row_max, column_lse, diagonal_logit = output
         constant = [row_max]
         constant += [] if ctx.columns else [column_lse]
@@ -142,13 +145,13 @@ class _Sweep(Function):
             diagonal_grad, *ctx.needs_input_grad[:2],
         )  # fmt: skip
         if differentiated_again():
-            found = _SweepGradient.apply(*arguments, ctx.backend)  # type: ignore[no-untyped-call]
+            found = _SweepGradient.apply(*arguments, ctx.matching, ctx.backend)  # type: ignore[no-untyped-call]
         else:
-            found = _pair_softmax_backward(*arguments, backend=ctx.backend)
+            found = _pair_softmax_backward(*arguments, matching=ctx.matching, backend=ctx.backend)
         needed = (
             x if need else None for x, need in zip(found, ctx.needs_input_grad[:4], strict=True)
         )
-        return *needed, *(None,) * 5
+        return *needed, *(None,) * 6
 
 
 class _SweepGradient(Function):
@@ -157,14 +160,14 @@ class _SweepGradient(Function):
     @staticmethod
     @open_signature
     def forward(*inputs: Any) -> Any:
-        *arguments, backend = inputs
-        return _pair_softmax_backward(*arguments, backend=backend)
+        *arguments, matching, backend = inputs
+        return _pair_softmax_backward(*arguments, matching=matching, backend=backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], _: Any) -> None:
         *tensors, ctx.diagonals = inputs[:7]
         ctx.save_for_backward(*tensors, *inputs[7:12])
-        ctx.needs = inputs[12:14]
+        ctx.needs, ctx.matching = inputs[12:14], inputs[14]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -173,11 +176,12 @@ class _SweepGradient(Function):
 
         def formula(*values: Any) -> Any:
             backward: Any = reference.pair_softmax_backward
-            return backward(*values[:4], query_ids, key_ids, ctx.diagonals, *values[4:], *ctx.needs)
+            rules = query_ids, key_ids, ctx.diagonals
+            return backward(*values[:4], *rules, *values[4:], *ctx.needs, matching=ctx.matching)
 
         needed = ctx.needs_input_grad
         found = vector_jacobian(formula, (*scaled, *given), (*needed[:4], *needed[7:12]), grads)
-        return *found[:4], None, None, None, *found[4:], None, None, None
+        return *found[:4], None, None, None, *found[4:], None, None, None, None
 
 
 class _ExpectedKeys(Function):
@@ -189,13 +193,13 @@ class _ExpectedKeys(Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        *arguments, _, backend = inputs
+        *arguments, _, matching, backend = inputs
         row_lse, row_max, diagonal_logit, expectation = _pair_softmax_expectation(
-            *arguments, backend=backend
+            *arguments, matching=matching, backend=backend
         )
         column_lse = row_lse.new_empty(0)
         saved, ctx.unsaved = split_by_need(arguments[:6])
-        ctx.arguments = (arguments[6], backend)
+        ctx.arguments = (arguments[6], matching, backend)
         ctx.mark_non_differentiable(row_max, column_lse, diagonal_logit)
         # The scale's value is a factor of the query's gradient.
         ctx.save_for_backward(*saved, arguments[2], row_lse, expectation)
@@ -206,18 +210,18 @@ class _ExpectedKeys(Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         row_grad = grads[0]
         *saved, query_scale, row_lse, expectation = ctx.saved_tensors
-        nothing: tuple[None, ...] = (None,) * 9
+        nothing: tuple[None, ...] = (None,) * 10
         if row_grad is None:
             return nothing
         if differentiated_again():
             tensors = with_unsaved(saved, ctx.unsaved)
-            diagonals, backend = ctx.arguments
+            diagonals, *rest = ctx.arguments
             found: Any = _SweepGradient.apply(  # type: ignore[no-untyped-call]
                 *tensors, diagonals, row_lse, None, row_grad.contiguous(), None, None,
-                ctx.needs_input_grad[0], False, backend,
+                ctx.needs_input_grad[0], False, *rest,
             )  # fmt: skip
             wanted = ctx.needs_input_grad[0], False, ctx.needs_input_grad[2], False
-            return *(x if w else None for x, w in zip(found, wanted, strict=True)), *nothing[:5]
+            return *(x if w else None for x, w in zip(found, wanted, strict=True)), *nothing[:6]
         grad_query = grad_query_scale = None
         if ctx.needs_input_grad[0]:
             query = ctx.saved_tensors[0]
@@ -226,7 +230,7 @@ class _ExpectedKeys(Function):
             query = saved[0] if saved[0] is not None else ctx.unsaved[0].read()
             along = (query.to(expectation.dtype) * expectation).sum(dim=1)
             grad_query_scale = row_grad * along
-        return grad_query, None, grad_query_scale, *nothing[:6]
+        return grad_query, None, grad_query_scale, *nothing[:7]
 
 
 def pair_softmax(
@@ -235,10 +239,11 @@ def pair_softmax(
     query_scale: Tensor,  # [N]
     key_scale: Tensor,  # [M]
     *,
-    query_ids: Tensor | None = None,  # [N]
-    key_ids: Tensor | None = None,  # [M]
+    query_ids: Tensor | None = None,  # [N] or [N, 2]
+    key_ids: Tensor | None = None,  # [M] or [M, 2]
     diagonals: Sequence[int] = (),
     columns: bool = False,
+    matching: bool = False,
     backend: str | None = None,
 ) -> PairSoftmax:
     """``torch.logsumexp(s, dim=1)`` and, with ``columns``, ``dim=0``, of the pairs kept.
@@ -262,6 +267,6 @@ def pair_softmax(
     return PairSoftmax(
         *function.apply(  # type: ignore[no-untyped-call]
             query, key, query_scale, key_scale, query_ids, key_ids,
-            list(diagonals), columns, backend or "",
+            list(diagonals), columns, matching, backend or "",
         )
     )  # fmt: skip

@@ -34,7 +34,7 @@ class ContrastiveLoss(NamedTuple):
     row_max: Tensor  # [N]
 
 
-def _fake_loss(query: Tensor, positive: Tensor | None, key: Tensor, *rest: Any, **_: str) -> Any:
+def _fake_loss(query: Tensor, positive: Tensor | None, key: Tensor, *rest: Any, **_: Any) -> Any:
     needs = rest[-3:]
     grads = (
         empty_like(x, need, query) for x, need in zip((query, positive, key), needs, strict=True)

@@ -72,14 +72,14 @@ def implementation(name: str, key_at: int, op: str = "pair_softmax") -> Callable
     ``backend`` "" lets the dispatcher choose.
     """
 
-    def run(*arguments: Any, backend: str = "") -> Any:
+    def run(*arguments: Any, backend: str = "", **rules: bool) -> Any:
         query = arguments[0]
         device_type = query.device.type
         shape = (query.shape[0], arguments[key_at].shape[0], query.shape[1])
         function = getattr(dispatch.select(op, device_type, query.dtype, shape, backend), name)
         # Autocast is still on in here and would lower the reference's products.
         with without_autocast(device_type):
-            return function(*arguments)
+            return function(*arguments, **rules)
 
     return run
 

@@ -17,7 +17,7 @@ from ssl_fast import _native
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["address", "check", "gradient", "hold", "ids_of", "rows_of", "run", "vector"]
+__all__ = ["address", "check", "gradient", "hold", "id_rule", "ids_of", "rows_of", "run", "vector"]
 
 # A smaller buffer spans no huge page.
 _HUGE_PAGE = 2 << 20
@@ -47,11 +47,28 @@ def address(rows: Tensor) -> tuple[int, int]:
 
 
 def ids_of(name: str, ids: Tensor | None, count: int) -> Tensor | None:
-    """Contiguous int64 ids, or None."""
+    """Ids [count], or [count, 2] where a row has two, as kernels read them: [ids a row, count].
+
+    A copy must outlive the call: the caller keeps what this returns.
+    """
     if ids is None:
         return None
-    check(name, ids, (count,), torch.int64)
-    return ids.contiguous()
+    check(name, ids, (count, 2) if ids.dim() == 2 else (count,), torch.int64)
+    return ids.reshape(count, ids.dim()).T.contiguous()
+
+
+def id_rule(
+    query_ids: Tensor | None, key_ids: Tensor | None, matching: bool
+) -> tuple[int, int, int, bool]:
+    """What ``ids_of`` gave for both sides, as a kernel takes it."""
+    if query_ids is None or key_ids is None:
+        return 0, 0, 0, False
+    if len(query_ids) != len(key_ids):
+        raise ValueError(
+            f"query_ids and key_ids must give each row as many ids; got {len(query_ids)} and "
+            f"{len(key_ids)}"
+        )
+    return query_ids.data_ptr(), key_ids.data_ptr(), len(query_ids), matching
 
 
 def hold(arrays: Mapping[str, tuple[Tensor | None, int | None]]) -> dict[str, Tensor]:

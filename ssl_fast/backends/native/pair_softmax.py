@@ -17,6 +17,7 @@ from ssl_fast.backends.native.arrays import (
     check,
     gradient,
     hold,
+    id_rule,
     ids_of,
     rows_of,
     run,
@@ -53,6 +54,7 @@ def _sweep(
     query_ids: Tensor | None,  # [N]
     key_ids: Tensor | None,  # [M]
     diagonals: Sequence[int],
+    matching: bool,
     normalize: bool,
     features: dict[str, Tensor | None],
     **vectors: Tensor | None,
@@ -81,8 +83,7 @@ def _sweep(
             address(key),
             None if positive is None else address(positive),
             list(diagonals),
-            None if query_ids is None else query_ids.data_ptr(),
-            None if key_ids is None else key_ids.data_ptr(),
+            id_rule(query_ids, key_ids, matching),
             normalize,
             torch.get_num_threads(),
             {name: value.data_ptr() for name, value in (*held.items(), *written.items())},
@@ -104,13 +105,15 @@ def pair_softmax(
     key_ids: Tensor | None,  # [M]
     diagonals: Sequence[int],
     columns: bool,
+    *,
+    matching: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-sum-exps of rows and columns, row maxima and the first diagonal's logits in one sweep."""
     row_lse, row_max = vector(query.shape[0]), vector(query.shape[0])
     column_lse = vector(key.shape[0] if columns else 0)
     diagonal_logit = _diagonal_logit(query, diagonals)
     _sweep(
-        "forward", query, key, None, query_ids, key_ids, diagonals, False, {},
+        "forward", query, key, None, query_ids, key_ids, diagonals, matching, False, {},
         query_scale=query_scale, key_scale=key_scale, row_lse=row_lse, row_max=row_max,
         column_lse=column_lse if columns else None,
         diagonal_logit=diagonal_logit if diagonals else None,
@@ -126,13 +129,15 @@ def pair_softmax_expectation(
     query_ids: Tensor | None,  # [N]
     key_ids: Tensor | None,  # [M]
     diagonals: Sequence[int],
+    *,
+    matching: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same and the rows' mean key in one sweep of two products, after which no key is read."""
     row_lse, row_max = vector(query.shape[0]), vector(query.shape[0])
     diagonal_logit = _diagonal_logit(query, diagonals)
     expectation = gradient(query, True, torch.float32)
     _sweep(
-        "forward", query, key, None, query_ids, key_ids, diagonals, False,
+        "forward", query, key, None, query_ids, key_ids, diagonals, matching, False,
         {"expectation": expectation},
         query_scale=query_scale, key_scale=key_scale, row_lse=row_lse, row_max=row_max,
         diagonal_logit=diagonal_logit if diagonals else None,
@@ -155,6 +160,8 @@ def pair_softmax_backward(
     diagonal_grad: Tensor | None,  # [N]
     need_query: bool,
     need_key: bool,
+    *,
+    matching: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the features and of both scales: logits recomputed, two more products."""
     grad_query, grad_key = gradient(query, need_query), gradient(key, need_key)
@@ -164,7 +171,7 @@ def pair_softmax_backward(
     key_sums = grad_key if need_key else gradient(key, True)
     columns = column_lse is not None and column_grad is not None
     _sweep(
-        "backward", query, key, None, query_ids, key_ids, diagonals, False,
+        "backward", query, key, None, query_ids, key_ids, diagonals, matching, False,
         {"grad_query": grad_query if need_query else None, "grad_key": key_sums},
         query_scale=query_scale, key_scale=key_scale, row_lse=row_lse, row_grad=row_grad,
         column_lse=column_lse if columns else None, column_grad=column_grad if columns else None,
@@ -196,7 +203,7 @@ def pair_softmax_loss(
     grad_key = gradient(key, need_key)
     grad_scale = vector(n if need_query or need_positive or need_key else 0)
     _sweep(
-        "loss", query, key, positive, query_ids, key_ids, diagonals, normalize,
+        "loss", query, key, positive, query_ids, key_ids, diagonals, False, normalize,
         {
             "grad_query": grad_query if need_query else None,
             "grad_positive": grad_positive if need_positive else None,

@@ -16,6 +16,7 @@ from ssl_fast.backends.native.arrays import (
     check,
     gradient,
     hold,
+    id_rule,
     ids_of,
     rows_of,
     run,
@@ -34,6 +35,7 @@ def _sweep(
     features: Tensor,  # [N, D]
     ids: Tensor | None,  # [N]
     pairs: int,
+    matching: bool,
     normalize: bool,
     grad_features: Tensor | None,  # [N, D]
     **vectors: Tensor | None,
@@ -44,8 +46,6 @@ def _sweep(
     held = hold({name: (v, None if name == "scale" else n) for name, v in vectors.items()})
     if grad_features is not None:
         held["grad_features"] = grad_features
-    if ids is not None:
-        held["ids"] = ids
     check("features", rows, (n, d), features.dtype)
     run(
         _native.pair_softmax_symmetric(
@@ -55,6 +55,7 @@ def _sweep(
             d,
             pairs,
             address(rows),
+            id_rule(ids, ids, matching),
             normalize,
             torch.get_num_threads(),
             {name: value.data_ptr() for name, value in held.items()},
@@ -68,11 +69,13 @@ def pair_softmax_symmetric(
     row_scale: Tensor,  # [N]
     ids: Tensor | None,  # [N]
     pairs: int,
+    *,
+    matching: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp and maximum of every row."""
     lse, maximum = vector(features.shape[0]), vector(features.shape[0])
     _sweep(
-        "forward", features, ids, pairs, False, None,
+        "forward", features, ids, pairs, matching, False, None,
         scale=scale, row_scale=row_scale, row_lse=lse, row_max=maximum,
     )  # fmt: skip
     return lse, maximum
@@ -86,11 +89,13 @@ def pair_softmax_symmetric_backward(
     pairs: int,
     lse: Tensor,  # [N]
     row_grad: Tensor,  # [N]
+    *,
+    matching: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The features' gradient, and the rows' moments, of which both scales' are made."""
     grad_features, moment = gradient(features, True), vector(features.shape[0])
     _sweep(
-        "backward", features, ids, pairs, False, grad_features,
+        "backward", features, ids, pairs, matching, False, grad_features,
         scale=scale, row_scale=row_scale, row_lse=lse, row_grad=row_grad, moment=moment,
     )  # fmt: skip
     return grad_features, moment
@@ -109,7 +114,7 @@ def pair_softmax_symmetric_loss(
     grad_features = gradient(features, need_features)
     grad_scale = vector(n if need_features else 0)
     _sweep(
-        "loss", features, None, n // 2, normalize, grad_features if need_features else None,
+        "loss", features, None, n // 2, False, normalize, grad_features if need_features else None,
         scale=scale, loss=loss, row_lse=row_lse, positive_logit=positive_logit, row_max=row_max,
         grad_scale=grad_scale if need_features else None,
     )  # fmt: skip

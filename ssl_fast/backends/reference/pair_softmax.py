@@ -61,13 +61,16 @@ def pair_softmax(
     key_ids: Tensor | None,  # [M]
     diagonals: Sequence[int],
     columns: bool,
+    *,
+    matching: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-sum-exp of s_ij = query_scale_i key_scale_j <q_i, k_j> over the pairs kept.
 
     A pair leaves where j - i is one of ``diagonals``, where the ids are equal, or where one of them
-    is IGNORED_ID. Gives row_lse [N], row_max [N], column_lse [M] ([0] unless ``columns``) and
-    diagonal_logit [N], s_ij at j = i + diagonals[0]: 0 where that column doesn't exist, [0] without
-    diagonals.
+    is IGNORED_ID. Rows that have two ids, [N, 2], are equal in either; with ``matching`` the pairs
+    without an equal id leave in place of those with one. Gives row_lse [N], row_max [N], column_lse
+    [M] ([0] unless ``columns``) and diagonal_logit [N], s_ij at j = i + diagonals[0]: 0 where that
+    column doesn't exist, [0] without diagonals.
     """
     wide = accumulation_dtype(query)
     queries, keys = query.to(wide), key.to(wide)
@@ -80,7 +83,7 @@ def pair_softmax(
             row_max.append(query_scale.new_full((stop - start,), -torch.inf))
             continue
         logits = (queries[start:stop] @ keys.T) * key_scale * query_scale[start:stop, None]
-        excluded = excluded_pairs(start, stop, keys, query_ids, key_ids, diagonals)
+        excluded = excluded_pairs(start, stop, keys, query_ids, key_ids, diagonals, matching)
         if excluded is not None:
             logits = logits.masked_fill(excluded, -torch.inf)
         lse, maximum = log_sum_exp(logits, dim=1)
@@ -142,6 +145,8 @@ def pair_softmax_expectation(
     query_ids: Tensor | None,  # [N]
     key_ids: Tensor | None,  # [M]
     diagonals: Sequence[int],
+    *,
+    matching: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """pair_softmax without columns, and the scaled keys' mean under each row's softmax.
 
@@ -152,13 +157,14 @@ def pair_softmax_expectation(
     """
     scaled = (query, key, query_scale, key_scale)
     rules = (query_ids, key_ids, diagonals)
-    row_lse, row_max, _, diagonal_logit = pair_softmax(*scaled, *rules, False)
+    row_lse, row_max, _, diagonal_logit = pair_softmax(*scaled, *rules, False, matching=matching)
     ones = torch.ones_like(query_scale)
     wide = accumulation_dtype(query)
     queries = query.to(wide) * query_scale[:, None]
     expectation, *_ = pair_softmax_backward(
-        queries, key.to(wide), ones, key_scale, *rules, row_lse, None, ones, None, None, True, False
-    )
+        queries, key.to(wide), ones, key_scale, *rules, row_lse, None, ones, None, None,
+        True, False, matching=matching,
+    )  # fmt: skip
     return row_lse, row_max, diagonal_logit, expectation
 
 
@@ -177,6 +183,8 @@ def pair_softmax_backward(
     diagonal_grad: Tensor | None,  # [N]
     need_query: bool,
     need_key: bool,
+    *,
+    matching: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradient of the forward's results, each weighed by its ``grad`` and summed.
 
@@ -200,7 +208,7 @@ def pair_softmax_backward(
         row_scale = query_scale[start:stop, None]
         products = rows @ keys.T  # [n, M]
         logits = products * key_scale * row_scale
-        excluded = excluded_pairs(start, stop, keys, query_ids, key_ids, diagonals)
+        excluded = excluded_pairs(start, stop, keys, query_ids, key_ids, diagonals, matching)
         if excluded is not None:
             logits = logits.masked_fill(excluded, -torch.inf)
         weights = row_grad[start:stop, None] * (logits - row_shift[start:stop, None]).exp()
@@ -312,6 +320,8 @@ def pair_softmax_symmetric(
     row_scale: Tensor,  # [N]
     ids: Tensor | None,  # [N]
     pairs: int,
+    *,
+    matching: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp [N] and maximum [N] of s_ij = scale row_scale_i row_scale_j <x_i, x_j>.
 
@@ -319,7 +329,8 @@ def pair_softmax_symmetric(
     with ``pairs`` above 0, the rows that many further on and back.
     """
     sweep: Any = pair_softmax
-    lse, maximum, *_ = sweep(*_symmetric(features, scale, row_scale, ids, pairs), False)
+    arguments = _symmetric(features, scale, row_scale, ids, pairs)
+    lse, maximum, *_ = sweep(*arguments, False, matching=matching)
     return lse, maximum
 
 
@@ -331,6 +342,8 @@ def pair_softmax_symmetric_backward(
     pairs: int,
     lse: Tensor,  # [N]
     row_grad: Tensor,  # [N]
+    *,
+    matching: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of sum(row_grad * lse): grad_features [N, D] and moment [N].
 
@@ -341,7 +354,7 @@ def pair_softmax_symmetric_backward(
     arguments = _symmetric(features, scale, row_scale, ids, pairs)
     backward: Any = pair_softmax_backward
     grad_features, _, moment, _ = backward(
-        *arguments, lse, lse, row_grad, row_grad, None, True, False
+        *arguments, lse, lse, row_grad, row_grad, None, True, False, matching=matching
     )
     return grad_features, moment
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import or_
 from typing import TYPE_CHECKING
 
 import torch
@@ -75,19 +77,29 @@ def on_diagonal(start: int, stop: int, key: Tensor, diagonal: int) -> Tensor:
     return columns == (rows + diagonal)[:, None]
 
 
+def _separate(ids: Tensor) -> tuple[Tensor, ...]:
+    """The ids [N] or [N, 2] of rows, those in each place [N] by themselves."""
+    return ids.unbind(1) if ids.dim() == 2 else (ids,)
+
+
 def excluded_pairs(
     start: int,
     stop: int,
     key: Tensor,  # [M, D]
-    query_ids: Tensor | None,  # [N]
-    key_ids: Tensor | None,  # [M]
+    query_ids: Tensor | None,  # [N] or [N, 2]
+    key_ids: Tensor | None,  # [M] or [M, 2]
     diagonals: Sequence[int],
+    matching: bool = False,
 ) -> Tensor | None:
     """The pairs that leave the softmax, bool [stop - start, M], or None when no rule is given."""
     excluded = None
     if query_ids is not None and key_ids is not None:
-        rows = query_ids[start:stop, None]
-        excluded = (rows == key_ids) | (rows == IGNORED_ID) | (key_ids == IGNORED_ID)
+        rows, columns = _separate(query_ids[start:stop]), _separate(key_ids)
+        common = [row[:, None] == column for row, column in zip(rows, columns, strict=True)]
+        excluded = reduce(or_, common)
+        excluded = ~excluded if matching else excluded
+        for row, column in zip(rows, columns, strict=True):
+            excluded = excluded | (row == IGNORED_ID)[:, None] | (column == IGNORED_ID)
     for diagonal in diagonals:
         on = on_diagonal(start, stop, key, diagonal)
         excluded = on if excluded is None else excluded | on

@@ -46,13 +46,17 @@ def pair_softmax(
     key_ids: Tensor | None,  # [M]
     diagonals: list[int],
     columns: bool,
+    *,
+    matching: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row log-sum-exp and maximum [N], column log-sum-exp [M], and the first diagonal's logits [N].
 
     The third is [0] without columns, the fourth [0] without diagonals.
     """
     with launching_on(query):
-        pairs = pairs_of(query, key, query_scale, key_scale, query_ids, key_ids, diagonals)
+        pairs = pairs_of(
+            query, key, query_scale, key_scale, query_ids, key_ids, diagonals, matching=matching
+        )
         found = sweep(pairs, columns=columns)
         diagonal_logit = _diagonal_logit(pairs)
     return found.row_lse, found.row_max, found.column_lse, diagonal_logit
@@ -73,6 +77,8 @@ def pair_softmax_backward(
     diagonal_grad: Tensor | None,  # [N]
     need_query: bool,
     need_key: bool,
+    *,
+    matching: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the features (empty when not needed) and of both scales.
 
@@ -80,7 +86,9 @@ def pair_softmax_backward(
     out of the features' gradients would fail where a scale is 0.
     """
     with launching_on(query):
-        pairs = pairs_of(query, key, query_scale, key_scale, query_ids, key_ids, diagonals)
+        pairs = pairs_of(
+            query, key, query_scale, key_scale, query_ids, key_ids, diagonals, matching=matching
+        )
         row, row_shift = without_empty(row_grad, row_lse)
         sides, column, column_shift, bound = ROWS, None, None, largest(row)
         if column_lse is not None and column_grad is not None:
@@ -130,6 +138,8 @@ def pair_softmax_expectation(
     query_ids: Tensor | None,  # [N]
     key_ids: Tensor | None,  # [M]
     diagonals: list[int],
+    *,
+    matching: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row log-sum-exp and maximum [N], the first diagonal's logits, and the expected key [N, D].
 
@@ -137,7 +147,9 @@ def pair_softmax_expectation(
     scales needs; its product leaves query_scale out from the start, which may be 0.
     """
     with launching_on(query):
-        pairs = pairs_of(query, key, query_scale, key_scale, query_ids, key_ids, diagonals)
+        pairs = pairs_of(
+            query, key, query_scale, key_scale, query_ids, key_ids, diagonals, matching=matching
+        )
         found = sweep(pairs, columns=False)
         ones = torch.ones_like(found.row_lse)
         row, row_shift = without_empty(ones, found.row_lse)
@@ -158,6 +170,8 @@ def pair_softmax_symmetric(
     row_scale: Tensor,  # [N]
     ids: Tensor | None,  # [N]
     pairs: int,
+    *,
+    matching: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Log-sum-exp and maximum per row [N] of a symmetric S, without i == j and |i - j| == pairs.
 
@@ -165,8 +179,9 @@ def pair_softmax_symmetric(
     """
     with launching_on(features):
         upper = pairs_of(
-            features, features, row_scale, row_scale, ids, ids, [pairs] if pairs else [], scale
-        )
+            features, features, row_scale, row_scale, ids, ids, [pairs] if pairs else [], scale,
+            matching=matching,
+        )  # fmt: skip
         found = sweep(upper, columns=True, triangle=True)
         row_lse = torch.logaddexp(found.row_lse, found.column_lse)
         row_max = torch.maximum(found.row_max, found.column_max)
@@ -181,6 +196,8 @@ def pair_softmax_symmetric_backward(
     pairs: int,
     lse: Tensor,  # [N]
     row_grad: Tensor,  # [N]
+    *,
+    matching: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of sum(row_grad * lse) by the features, and per row its product with them.
 
@@ -189,7 +206,9 @@ def pair_softmax_symmetric_backward(
     """
     with launching_on(features):
         diagonals = [0, pairs, -pairs] if pairs else [0]
-        all_pairs = pairs_of(features, features, row_scale, row_scale, ids, ids, diagonals, scale)
+        all_pairs = pairs_of(
+            features, features, row_scale, row_scale, ids, ids, diagonals, scale, matching=matching
+        )
         row, shift = without_empty(row_grad, lse)
         products = weight_products(
             all_pairs,

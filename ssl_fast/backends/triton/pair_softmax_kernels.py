@@ -53,8 +53,8 @@ def sweep_kernel(
     key,  # [M, D]
     query_scale,  # [N] fp32
     key_scale,  # [M] fp32
-    query_ids,  # [N] int64, read with HAS_IDS
-    key_ids,  # [M] int64, read with HAS_IDS
+    query_ids,  # [N, IDS] int64
+    key_ids,  # [M, IDS] int64
     row_lse,  # [splits, N] fp32
     row_max,  # [splits, N] fp32
     column_lse,  # [row blocks, M] fp32, written with COLUMNS
@@ -70,7 +70,8 @@ def sweep_kernel(
     diagonal_1,
     diagonal_2,
     DIAGONALS: tl.constexpr,
-    HAS_IDS: tl.constexpr,
+    IDS: tl.constexpr,
+    MATCHING: tl.constexpr,
     COLUMNS: tl.constexpr,
     TRIANGLE: tl.constexpr,
     RESIDENT: tl.constexpr,
@@ -95,8 +96,6 @@ def sweep_kernel(
     safe_rows = tl.minimum(rows, row_end - 1)
     query_rows = query + safe_rows.to(tl.int64) * query_stride
     row_factor = tl.load(query_scale + safe_rows)
-    if HAS_IDS:
-        row_id = tl.load(query_ids + safe_rows)
     steps = tl.arange(0, BLOCK_DEPTH)
     if RESIDENT:
         left = load_chunk(
@@ -124,9 +123,9 @@ def sweep_kernel(
             )  # fmt: skip
         column_factor = tl.load(key_scale + columns, mask=columns < n_keys, other=0.0)
         logits = logits * row_factor[:, None] * column_factor[None, :]
-        if HAS_IDS:
-            column_id = tl.load(key_ids + safe_columns)
-            logits = tl.where(ids_exclude(row_id, column_id), -float("inf"), logits)
+        if IDS > 0:
+            excluded = ids_exclude(query_ids, key_ids, safe_rows, safe_columns, IDS, MATCHING)
+            logits = tl.where(excluded, -float("inf"), logits)
         if needs_rules(
             row, column, row_end, n_keys, diagonal_0, diagonal_1, diagonal_2,
             DIAGONALS, TRIANGLE, BLOCK_ROWS, BLOCK_COLUMNS,
@@ -185,7 +184,8 @@ def _store_weights(
     diagonal_2,
     DIAGONALS: tl.constexpr,
     RULES: tl.constexpr,
-    HAS_IDS: tl.constexpr,
+    IDS: tl.constexpr,
+    MATCHING: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
     SIDES: tl.constexpr,
     ROW_MOMENT: tl.constexpr,
@@ -200,10 +200,11 @@ def _store_weights(
     column_scale = tl.load(key_scale + columns, mask=inside_columns, other=0.0)
     row_exponent = row_scale * (tl.load(scale) * LOG2_E)
     exponents = products * row_exponent[:, None] * column_scale[None, :]
-    if HAS_IDS:
-        row_id = tl.load(query_ids + rows, mask=inside_rows, other=0)
-        column_id = tl.load(key_ids + columns, mask=inside_columns, other=0)
-        exponents = tl.where(ids_exclude(row_id, column_id), -float("inf"), exponents)
+    if IDS > 0:
+        safe_rows = tl.minimum(rows, row_end - 1)
+        safe_columns = tl.minimum(columns, column_end - 1)
+        excluded = ids_exclude(query_ids, key_ids, safe_rows, safe_columns, IDS, MATCHING)
+        exponents = tl.where(excluded, -float("inf"), exponents)
     if RULES:
         kept = kept_pairs(
             rows, columns, row_end, column_end, diagonal_0, diagonal_1, diagonal_2,
@@ -252,8 +253,8 @@ def weights_kernel(
     query_scale,  # [N] fp32
     key_scale,  # [M] fp32
     scale,  # [] fp32: s_ij = scale query_scale_i key_scale_j <q_i, k_j>
-    query_ids,  # [N] int64, read with HAS_IDS
-    key_ids,  # [M] int64, read with HAS_IDS
+    query_ids,  # [N, IDS] int64
+    key_ids,  # [M, IDS] int64
     row_lse,  # [N] fp32, never -inf
     row_weight,  # [N] fp32
     column_lse,  # [M] fp32, never -inf, read with BOTH
@@ -275,7 +276,8 @@ def weights_kernel(
     diagonal_1,
     diagonal_2,
     DIAGONALS: tl.constexpr,
-    HAS_IDS: tl.constexpr,
+    IDS: tl.constexpr,
+    MATCHING: tl.constexpr,
     HAS_FACTORS: tl.constexpr,
     SIDES: tl.constexpr,
     ROW_MOMENT: tl.constexpr,
@@ -319,7 +321,7 @@ def weights_kernel(
             query_ids, key_ids, row_lse, row_weight, column_lse, column_weight,
             row_factor, column_factor, strip, row_parts, column_parts, row_end, column_end,
             row_tiles * BLOCK_ROWS, strip_width, diagonal_0, diagonal_1, diagonal_2,
-            DIAGONALS, True, HAS_IDS, HAS_FACTORS, SIDES, ROW_MOMENT, COLUMN_MOMENT,
+            DIAGONALS, True, IDS, MATCHING, HAS_FACTORS, SIDES, ROW_MOMENT, COLUMN_MOMENT,
             BLOCK_ROWS, BLOCK_COLUMNS,
         )  # fmt: skip
     else:
@@ -328,6 +330,6 @@ def weights_kernel(
             query_ids, key_ids, row_lse, row_weight, column_lse, column_weight,
             row_factor, column_factor, strip, row_parts, column_parts, row_end, column_end,
             row_tiles * BLOCK_ROWS, strip_width, diagonal_0, diagonal_1, diagonal_2,
-            DIAGONALS, False, HAS_IDS, HAS_FACTORS, SIDES, ROW_MOMENT, COLUMN_MOMENT,
+            DIAGONALS, False, IDS, MATCHING, HAS_FACTORS, SIDES, ROW_MOMENT, COLUMN_MOMENT,
             BLOCK_ROWS, BLOCK_COLUMNS,
         )  # fmt: skip

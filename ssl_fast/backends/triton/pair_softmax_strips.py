@@ -69,7 +69,7 @@ def weight_products(
     }
     return strip_products(
         kernels.weights_kernel,
-        config_for(op, pairs.query, pairs.key, ids=pairs.has_ids),
+        config_for(op, pairs.query, pairs.key, ids=pairs.ids > 0),
         pairs,
         arguments,
         bound=weights.row.new_full((), 2.0) if bound is None else bound,

@@ -26,14 +26,17 @@ class Pairs(Sides):
     """
 
     scale: Tensor  # []
-    query_ids: Tensor | None  # [N]
-    key_ids: Tensor | None  # [M]
+    query_ids: Tensor | None  # [N] or [N, 2]
+    key_ids: Tensor | None  # [M] or [M, 2]
     diagonals: list[int]
+    matching: bool
 
     @property
-    def has_ids(self) -> bool:
-        """Whether ids take pairs out."""
-        return self.query_ids is not None and self.key_ids is not None
+    def ids(self) -> int:
+        """How many ids a row has."""
+        if self.query_ids is None or self.key_ids is None:
+            return 0
+        return self.query_ids.dim()
 
     def rules(self) -> dict[str, Any]:
         """The kernels' arguments for the exclusions."""
@@ -43,13 +46,14 @@ class Pairs(Sides):
             raise ValueError(f"diagonals: 3 may cross the pairs at most, got {len(crossing)}")
         padded = [*crossing, 0, 0, 0]
         return {
-            "query_ids": self.query_ids if self.has_ids else self.query_scale,
-            "key_ids": self.key_ids if self.has_ids else self.key_scale,
+            "query_ids": self.query_ids if self.ids else self.query_scale,
+            "key_ids": self.key_ids if self.ids else self.key_scale,
             "diagonal_0": padded[0],
             "diagonal_1": padded[1],
             "diagonal_2": padded[2],
             "DIAGONALS": len(crossing),
-            "HAS_IDS": self.has_ids,
+            "IDS": self.ids,
+            "MATCHING": self.matching,
         }
 
 
@@ -62,6 +66,8 @@ def pairs_of(
     key_ids: Tensor | None,
     diagonals: list[int],
     scale: Tensor | None = None,
+    *,
+    matching: bool = False,
 ) -> Pairs:
     """The pairs as the kernels take them; without a scale it is 1."""
     if scale is None:
@@ -75,6 +81,7 @@ def pairs_of(
         None if query_ids is None else query_ids.contiguous(),
         None if key_ids is None else key_ids.contiguous(),
         diagonals,
+        matching,
     )
 
 
@@ -100,7 +107,7 @@ def sweep(pairs: Pairs, *, columns: bool, triangle: bool = False) -> Statistics:
         row, column = (pairs.query_scale.new_full((x,), -torch.inf) for x in (n, wide))
         return Statistics(row, row.clone(), column, column.clone())
     op = "sweep_columns" if columns else "sweep"
-    config = config_for(op, pairs.query, pairs.key, ids=pairs.has_ids)
+    config = config_for(op, pairs.query, pairs.key, ids=pairs.ids > 0)
     blocks = triton.cdiv(n, config.block_rows)
     if columns:
         blocks = min(blocks, max(1, COLUMN_TABLE_BYTES // (8 * m)))

@@ -122,7 +122,22 @@ def kept_pairs(
 
 
 @triton.jit
-def ids_exclude(row_id, column_id):
-    """The pairs of a tile that leave the softmax for their ids."""
+def ids_exclude(
+    query_ids,  # [N, IDS] int64
+    key_ids,  # [M, IDS] int64
+    rows,  # [BLOCK_ROWS], none beyond the last
+    columns,  # [BLOCK_COLUMNS], none beyond the last
+    IDS: tl.constexpr,
+    MATCHING: tl.constexpr,
+):
+    """The pairs of a tile that leave the softmax for their ids; MATCHING: those without a match."""
+    row_id = tl.load(query_ids + rows.to(tl.int64) * IDS)
+    column_id = tl.load(key_ids + columns.to(tl.int64) * IDS)
+    equal = row_id[:, None] == column_id[None, :]
     ignored = (row_id == IGNORED_ID)[:, None] | (column_id == IGNORED_ID)[None, :]
-    return ignored | (row_id[:, None] == column_id[None, :])
+    if IDS > 1:
+        row_id = tl.load(query_ids + rows.to(tl.int64) * IDS + 1)
+        column_id = tl.load(key_ids + columns.to(tl.int64) * IDS + 1)
+        equal = equal | (row_id[:, None] == column_id[None, :])
+        ignored = ignored | (row_id == IGNORED_ID)[:, None] | (column_id == IGNORED_ID)[None, :]
+    return ignored | (equal != MATCHING)
