@@ -1,25 +1,12 @@
-// The only file that knows pybind11. Python passes addresses, sizes and strides; what can't be run
+// Python passes addresses, sizes and strides; what can't be run
 // raises here, before a kernel starts, and the GIL is released while it runs.
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+#include "bindings.h"
 
 #include <chrono>
-#include <stdexcept>
-
-#include "core/isa.h"
-#include "core/memory.h"
-#include "core/team.h"
-
-namespace py = pybind11;
 
 namespace ssl_fast {
 namespace {
-
-template <class T = void>
-T* pointer(const py::object& address) {
-    return address.is_none() ? nullptr : reinterpret_cast<T*>(address.cast<std::uintptr_t>());
-}
 
 Rows rows(const py::object& pair) {
     if (pair.is_none()) return {nullptr, 0};
@@ -74,71 +61,12 @@ void check_sizes(std::int64_t n, std::int64_t m, std::int64_t d, int dtype, int 
         throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
 }
 
-template <class Call>
-struct Job {
-    const Call* call;
-    const Kernels<Call>* kernels;
-};
-
-template <class Call>
-void run(const Call& call, const Kernels<Call>& kernels) {
-    py::gil_scoped_release release;
-    Job<Call> job{&call, &kernels};
-    run_team(
-        call.threads,
-        [](Team* team, void* context) {
-            const auto* job = static_cast<Job<Call>*>(context);
-            job->kernels->run(*job->call, team);
-        },
-        &job);
-}
-
-// Built once, asked for its workspace, then run: the ISA is fixed in between.
-template <class Call>
-class Prepared {
-  public:
-    Prepared(const Call& call, const Kernels<Call>* kernels) : call_(call), kernels_(kernels) {}
-    std::size_t workspace_bytes() const { return kernels_->workspace_bytes(call_) + 64; }
-    void run(std::uintptr_t workspace) {
-        call_.workspace = reinterpret_cast<void*>((workspace + 63) / 64 * 64);
-        advise_huge_pages(workspace, workspace_bytes());
-        ssl_fast::run(call_, *kernels_);
-    }
-
-  private:
-    Call call_;
-    const Kernels<Call>* kernels_;
-};
-
 Pass pass_of(const std::string& name) {
     if (name == "forward") return Pass::forward;
     if (name == "loss") return Pass::loss;
     if (name == "backward") return Pass::backward;
     throw std::invalid_argument("pass must be forward, loss or backward, got '" + name + "'");
 }
-
-// Fills a call's pointers from addresses by name; what is missing stays null.
-class Arrays {
-  public:
-    explicit Arrays(const py::dict& addresses) : addresses_(addresses) {}
-    template <class T>
-    void take(const char* name, T*& field) {
-        if (!addresses_.contains(name)) return;
-        field = pointer<T>(addresses_[name]);
-        ++taken_;
-    }
-    // An address that nothing asked for is a caller's mistake.
-    void finish() const {
-        if (taken_ != addresses_.size())
-            throw std::invalid_argument("arrays holds " + std::to_string(addresses_.size()) +
-                                        " names, of which this call knows " +
-                                        std::to_string(taken_));
-    }
-
-  private:
-    const py::dict& addresses_;
-    std::size_t taken_ = 0;
-};
 
 void take_common(Arrays& arrays, PairSoftmax& call) {
     arrays.take("query_scale", call.query_scale);
@@ -293,13 +221,6 @@ std::vector<std::string> names(const std::vector<const Isa*>& isas) {
     return list;
 }
 
-template <class Call>
-void bind_prepared(py::module_& module, const char* name) {
-    py::class_<Prepared<Call>>(module, name, py::module_local())
-        .def("workspace_bytes", &Prepared<Call>::workspace_bytes)
-        .def("run", &Prepared<Call>::run, py::arg("workspace"));
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -307,6 +228,7 @@ PYBIND11_MODULE(_native, module) {
     bind_prepared<PairSoftmax>(module, "PairSoftmax");
     bind_prepared<PairSoftmaxSymmetric>(module, "PairSoftmaxSymmetric");
     bind_prepared<PairSigmoid>(module, "PairSigmoid");
+    bind_clustering(module);
     module.def("pair_softmax", &pair_softmax);
     module.def("pair_softmax_symmetric", &pair_softmax_symmetric);
     module.def("pair_sigmoid", &pair_sigmoid);

@@ -2,6 +2,8 @@ from typing import Final, TypeAlias
 
 # The address of row 0 and the distance between rows in elements.
 _Rows: TypeAlias = tuple[int, int]
+# An address, and the distances between matrices and between rows in elements.
+_Batch: TypeAlias = tuple[int, int, int]
 # Addresses of the queries' and the keys' ids, how many a row has, whether equal ones stay.
 _Ids: TypeAlias = tuple[int, int, int, bool]
 
@@ -16,6 +18,18 @@ class PairSoftmaxSymmetric:
     def run(self, workspace: int) -> None: ...
 
 class PairSigmoid:
+    def workspace_bytes(self) -> int: ...
+    def run(self, workspace: int) -> None: ...
+
+class Nearest:
+    def workspace_bytes(self) -> int: ...
+    def run(self, workspace: int) -> None: ...
+
+class CentroidUpdate:
+    def workspace_bytes(self) -> int: ...
+    def run(self, workspace: int) -> None: ...
+
+class TopK:
     def workspace_bytes(self) -> int: ...
     def run(self, workspace: int) -> None: ...
 
@@ -60,6 +74,42 @@ def pair_sigmoid(
     arrays: dict[str, int],
     /,
 ) -> PairSigmoid: ...
+def nearest(
+    dtype: int,
+    b: int,
+    n: int,
+    k: int,
+    d: int,
+    x: _Batch,
+    centroids: _Batch,
+    threads: int,
+    arrays: dict[str, int],
+    /,
+) -> Nearest: ...
+def centroid_update(
+    dtype: int,
+    b: int,
+    n: int,
+    k: int,
+    d: int,
+    x: _Batch,
+    threads: int,
+    arrays: dict[str, int],
+    /,
+) -> CentroidUpdate: ...
+def top_k(
+    dtype: int,
+    b: int,
+    n: int,
+    m: int,
+    d: int,
+    k: int,
+    x: _Batch,
+    y: _Batch,
+    threads: int,
+    arrays: dict[str, int],
+    /,
+) -> TopK: ...
 def compiled_isas() -> list[str]: ...
 def available_isas() -> list[str]: ...
 def active_isa() -> str: ...

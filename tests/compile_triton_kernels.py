@@ -1,7 +1,8 @@
 """Compiles Triton kernels ahead of time, for GPUs that this machine needn't have.
 
 `python compile_triton_kernels.py` prints a JSON object: each case's name with what the assembler
-said of it. test_triton_compile.py runs it in a process without TRITON_INTERPRET.
+said of it, all of cases() or those named. test_triton_compile.py and test_triton_nearest.py run it
+in a process without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ TUNED_AS = {
     "sweep_triangle": "sweep_columns",
     "weights_expectation": "weights",
 }
+# Sweeps of nearest and top_k; top_k as for 10 neighbours and for the most.
+SEARCHES = {"nearest": {}, "nearest_plain": {}, "top_k": {"KEPT": 16}, "top_k_most": {"KEPT": 64}}
+# Kernels without matrix instructions.
+ROW_KERNELS = ("row_dot", "finish_rows")
+SMALL = ("half_norms", "rescore", "distances", "segment_sums")
 # As many as the functions use them with: the symmetric gradients exclude three, the others one.
 DIAGONALS = {"weights_mirror": 3, "weights_symmetric": 3}
 
@@ -54,12 +60,16 @@ class Case:
     ids: int = 0  # that a row has
     matching: bool = False
     precision: str = field(default="ieee")
+    # every size is 1, which Triton takes for a constant
+    ones: bool = False
 
     @property
     def name(self) -> str:
-        extra = f"-ids{self.ids}" if self.ids else ""
-        extra += ("-matching" if self.matching else "") + (
-            "" if self.dtype != "fp32" else f"-{self.precision}"
+        extra = (
+            (f"-ids{self.ids}" if self.ids else "")
+            + ("-matching" if self.matching else "")
+            + ("-ones" if self.ones else "")
+            + ("" if self.dtype != "fp32" else f"-{self.precision}")
         )
         return f"{self.op}-{self.dtype}-{self.depth}-{self.target}{extra}"
 
@@ -104,42 +114,108 @@ def cases() -> list[Case]:
         Case("sweep", "bf16", 128, "gfx942"),
         Case("weights_moments", "bf16", 128, "gfx942"),
         Case("sweep", "fp32", 128, "gfx942"),
-        *(Case(op, "bf16", 128, "sm_90") for op in ("row_dot", "finish_rows")),
+        *(Case(op, "bf16", 128, "sm_90") for op in ROW_KERNELS),
     ]
     return found
 
 
+def search_cases() -> list[Case]:
+    """The kernels of nearest, centroid_update and top_k, for test_triton_nearest.py."""
+    found = []
+    for target in ("sm_80", "sm_90", "sm_100"):
+        for depth in (64, 128, 768):
+            found += [Case(op, "bf16", depth, target) for op in ("nearest", "top_k")]
+        found += [
+            Case("nearest_plain", "bf16", 128, target),
+            Case("nearest", "fp16", 128, target),
+            Case("top_k_most", "bf16", 128, target),
+            *(Case(op, "fp32", 128, target, precision="tf32x3") for op in ("nearest", "top_k")),
+            Case("nearest", "fp32", 128, target, precision="tf32"),
+        ]
+    return [
+        *found,
+        *(Case(op, "bf16", 19, "sm_90") for op in ("nearest", "top_k")),
+        *(Case(op, "bf16", 128, "sm_90") for op in SMALL),
+        *(Case(op, "bf16", 128, "gfx942") for op in (*SEARCHES, *SMALL)),
+        Case("nearest", "fp32", 128, "gfx942"),
+        *(Case(op, "bf16", 1, "sm_90", ones=True) for op in ("nearest", "top_k", *SMALL)),
+    ]
+
+
 def pair_kernel(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
     """The kernel, its constants and its launch options for a case on pairs."""
-    import triton
+    from ssl_fast.backends.triton import pair_sigmoid_kernels, pair_softmax_kernels
 
-    from ssl_fast.backends.triton import pair_sigmoid_kernels, pair_softmax_kernels, tuning
-
-    named = case.target.startswith("sm") and case.depth % 16 == 0
-    architecture = case.target if named else "generic"
     row = TUNED_AS.get(case.op, case.op)
-    config = tuning.lookup(row, DTYPES[case.dtype], case.depth, architecture, ids=case.ids > 0)
-    block_depth = min(config.block_depth, max(16, triton.next_power_of_2(case.depth)))
-    constants = {
-        "DIAGONALS": DIAGONALS.get(case.op, 1),
-        "EVEN_DEPTH": case.depth % block_depth == 0,
-        "PRECISION": case.precision,
-        "BLOCK_ROWS": config.block_rows,
-        "BLOCK_COLUMNS": config.block_columns,
-        "BLOCK_DEPTH": block_depth,
-        **FLAGS[case.op],
-    }
+    constants, options = tuned(case, row)
+    constants |= {"DIAGONALS": DIAGONALS.get(case.op, 1), **FLAGS[case.op]}
     sigmoid = case.op.startswith("sigmoid_")
     kernels = pair_sigmoid_kernels if sigmoid else pair_softmax_kernels
     if not sigmoid:
         constants |= {"IDS": case.ids, "MATCHING": case.matching}
     if row.removeprefix("sigmoid_").startswith("sweep"):
         kernel = kernels.sweep_kernel
-        constants["RESIDENT"] = case.depth <= block_depth
+        constants["RESIDENT"] = case.depth <= constants["BLOCK_DEPTH"]
     else:
         kernel = kernels.weights_kernel
         constants["HAS_FACTORS"] = case.dtype == "fp16" or case.op == "weights_expectation"
-    return kernel, constants, {"num_warps": config.warps, "num_stages": config.stages}
+    return kernel, constants, options
+
+
+def tuned(case: Case, row: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """The constants of a case's tile and its launch options."""
+    import triton
+
+    from ssl_fast.backends.triton import tuning
+
+    named = case.target.startswith("sm") and case.depth % 16 == 0
+    architecture = case.target if named else "generic"
+    config = tuning.lookup(row, DTYPES[case.dtype], case.depth, architecture, ids=case.ids > 0)
+    block_depth = min(config.block_depth, max(16, triton.next_power_of_2(case.depth)))
+    constants = {
+        "EVEN_DEPTH": case.depth % block_depth == 0,
+        "PRECISION": case.precision,
+        "BLOCK_ROWS": config.block_rows,
+        "BLOCK_COLUMNS": config.block_columns,
+        "BLOCK_DEPTH": block_depth,
+    }
+    return constants, {"num_warps": config.warps, "num_stages": config.stages}
+
+
+def search_kernel(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    from ssl_fast.backends.triton import nearest_kernels, top_k_kernels
+
+    constants, options = tuned(case, "top_k" if case.op.startswith("top_k") else "nearest")
+    constants |= {
+        "HAS_SCALE": case.op != "nearest_plain",
+        "CENTERED": case.dtype == "fp32",
+        "RESIDENT": case.depth <= constants["BLOCK_DEPTH"],
+        **SEARCHES[case.op],
+    }
+    if case.op.startswith("top_k"):
+        return top_k_kernels.top_k_kernel, constants, options
+    constants["RAGGED"] = case.op != "nearest_plain"
+    constants["CERTIFY"] = case.dtype != "fp32" or case.precision == "tf32"
+    return nearest_kernels.nearest_kernel, constants, options
+
+
+def small_kernel(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
+    from ssl_fast.backends.triton import centroid_update, centroid_update_kernels, nearest
+    from ssl_fast.backends.triton import nearest_kernels as kernels
+
+    constants: dict[str, Any] = {"HAS_SCALE": True}
+    if case.op == "segment_sums":
+        constants |= {
+            "HAS_WEIGHT": True,
+            "BLOCK_ROWS": centroid_update.ROW_BLOCK,
+            "BLOCK_DEPTH": centroid_update.DEPTH_BLOCK,
+        }
+        return centroid_update_kernels.segment_sums_kernel, constants, {}
+    constants["BLOCK_DEPTH"] = nearest.DEPTH_BLOCK
+    constants["BLOCK_COLUMNS" if case.op == "rescore" else "BLOCK_ROWS"] = nearest.ROW_BLOCK
+    if case.op == "half_norms":
+        constants["CENTERED"] = True
+    return getattr(kernels, f"{case.op}_kernel"), constants, {}
 
 
 def row_kernel(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
@@ -160,28 +236,41 @@ def source(kernel: Any, constants: dict[str, Any], case: Case) -> Any:
     from triton.compiler import ASTSource
 
     features = ("query", "key", "strip", "left", "right", "other", "features", "gradient")
+    if case.op in (*SEARCHES, *SMALL):
+        features = ("x", "others", "rows")
+    integers = ("lengths", "labels", "unsure", "unsure_count", "indices", "order", "bounds")
     plain = (
         "row_begin",
         "row_end",
         "column_begin",
         "shift",
         "positive",
+        "k",
+        "width",
         *(f"diagonal_{i}" for i in range(3)),
     )
     sizes = ("column_end", "n_queries", "n_keys", "n_rows", "n_others", "depth", "strip_width")
+    sizes += ("n_segments", "pairs")
+    if case.ones:
+        ones = (x for x in kernel.arg_names if x in (*sizes, "k", "width") or x.endswith("stride"))
+        constants = constants | dict.fromkeys(ones, 1)
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
         elif name in plain:
             signature[name] = "i32"
+        elif name == "error":
+            signature[name] = "fp32"
         else:
             size = name in sizes or name.endswith("stride")
             signature[name] = "i32" if size else "*fp32"
             if name in features:
                 signature[name] = f"*{case.dtype}"
-            if name.endswith("_ids"):
+            if name.endswith("_ids") or name in integers:
                 signature[name] = "*i64"
+            if name in ("sums", "counts"):
+                signature[name] = "*fp64"
             if not size or case.depth % 16 == 0:
                 attributes[place,] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -195,8 +284,14 @@ def compile_case(case: Case) -> dict[str, Any]:
     target = (
         GPUTarget("cuda", int(case.target[3:]), 32) if cuda else GPUTarget("hip", case.target, 64)
     )
-    of_pairs = case.op in FLAGS
-    kernel, constants, options = pair_kernel(case) if of_pairs else row_kernel(case)
+    if case.op in FLAGS:
+        kernel, constants, options = pair_kernel(case)
+    elif case.op in SEARCHES:
+        kernel, constants, options = search_kernel(case)
+    elif case.op in ROW_KERNELS:
+        kernel, constants, options = row_kernel(case)
+    else:
+        kernel, constants, options = small_kernel(case)
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         compiled = triton.compile(
@@ -225,7 +320,8 @@ def compile_case(case: Case) -> dict[str, Any]:
 
 def main() -> None:
     names = sys.argv[1:]
-    chosen = [case for case in cases() if not names or case.name in names]
+    every = (*cases(), *search_cases())
+    chosen = [case for case in every if case.name in names] if names else cases()
     os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
     # a kernel that was compiled before would have no log
     with tempfile.TemporaryDirectory() as cache:

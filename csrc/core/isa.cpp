@@ -16,6 +16,9 @@ namespace ssl_fast {
     extern const Kernels<PairSoftmax> pair_softmax_##isa;                    \
     extern const Kernels<PairSoftmaxSymmetric> pair_softmax_symmetric_##isa; \
     extern const Kernels<PairSigmoid> pair_sigmoid_##isa;                    \
+    extern const Kernels<Nearest> nearest_##isa;                             \
+    extern const Kernels<CentroidUpdate> centroid_update_##isa;              \
+    extern const Kernels<TopK> top_k_##isa;                                  \
     extern const PeakKernels peak_##isa;
 SSL_FAST_TABLES(baseline)
 #if defined(SSL_FAST_HAVE_AVX2)
@@ -80,6 +83,9 @@ bool has_amx_bf16() { return false; }
      &pair_softmax_##isa,                         \
      &pair_softmax_symmetric_##isa,               \
      &pair_sigmoid_##isa,                         \
+     &nearest_##isa,                              \
+     &centroid_update_##isa,                      \
+     &top_k_##isa,                                \
      &peak_##isa}
 
 const Isa ISAS[] = {

@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "core/clustering.h"
 #include "core/pair_sigmoid.h"
 #include "core/pair_softmax.h"
 
@@ -24,6 +25,9 @@ struct Isa {
     const Kernels<PairSoftmax>* pair_softmax;
     const Kernels<PairSoftmaxSymmetric>* pair_softmax_symmetric;
     const Kernels<PairSigmoid>* pair_sigmoid;
+    const Kernels<Nearest>* nearest;
+    const Kernels<CentroidUpdate>* centroid_update;
+    const Kernels<TopK>* top_k;
     const PeakKernels* peak;
 };
 

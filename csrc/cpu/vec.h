@@ -40,6 +40,12 @@ inline Vec select_equal(const int64_t* ids, int64_t id, Vec equal, Vec otherwise
 inline Vec select_negative(Vec x, Vec a, Vec b) {
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), b, a);
 }
+// x where a > b, else y.
+inline Vec select_greater(Vec a, Vec b, Vec x, Vec y) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), y, x);
+}
+// A bit for each lane where a <= b does not hold: NaN counts as above.
+inline unsigned lanes_above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
 // x - floor(x), and p * 2^floor(x): both defined for infinities.
 inline Vec fraction(Vec x) { return _mm512_reduce_ps(x, 0x09); }
 inline Vec scale_by_floor(Vec p, Vec x) { return _mm512_scalef_ps(p, x); }
@@ -67,6 +73,12 @@ inline Vec select_equal(const int64_t* ids, int64_t id, Vec equal, Vec otherwise
     return _mm256_blendv_ps(otherwise, equal, _mm256_castsi256_ps(m));
 }
 inline Vec select_negative(Vec x, Vec a, Vec b) { return _mm256_blendv_ps(b, a, x); }
+inline Vec select_greater(Vec a, Vec b, Vec x, Vec y) {
+    return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
+}
+inline unsigned lanes_above(Vec a, Vec b) {
+    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ)));
+}
 inline Vec clamp_exponent(Vec x) {
     // The constant comes first: max and min return their second operand where one is NaN.
     return _mm256_max_ps(_mm256_set1_ps(-127.0f), _mm256_min_ps(_mm256_set1_ps(128.0f), x));
@@ -110,6 +122,13 @@ inline Vec select_equal(const int64_t* ids, int64_t id, Vec equal, Vec otherwise
     return mask ? equal : otherwise;
 }
 inline Vec select_negative(Vec x, Vec a, Vec b) { return x < broadcast(0.0f) ? a : b; }
+inline Vec select_greater(Vec a, Vec b, Vec x, Vec y) { return a > b ? x : y; }
+inline unsigned lanes_above(Vec a, Vec b) {
+    const IntVec below = a <= b;
+    unsigned lanes = 0;
+    for (int lane = 0; lane < WIDTH; ++lane) lanes |= (below[lane] == 0 ? 1u : 0u) << lane;
+    return lanes;
+}
 inline Vec clamp_exponent(Vec x) { return max(broadcast(-127.0f), min(broadcast(128.0f), x)); }
 inline Vec floor_of(Vec x) {
     const Vec truncated = __builtin_convertvector(__builtin_convertvector(x, IntVec), Vec);

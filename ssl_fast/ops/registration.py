@@ -66,16 +66,29 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def implementation(name: str, key_at: int, op: str = "pair_softmax") -> Callable[..., Any]:
-    """The operator ``name`` of ``op``, whose keys are argument ``key_at``: choose a backend, call.
+def implementation(
+    name: str,
+    key_at: int,
+    op: str = "pair_softmax",
+    check: Callable[..., None] | None = None,
+    count_at: int | None = None,
+) -> Callable[..., Any]:
+    """The operator ``name`` of ``op``: check the arguments, choose a backend, call.
 
+    Argument 0 has the rows, [*, N, D]; argument ``key_at`` the keys, [*, M, D], or the number M
+    itself; argument ``count_at`` a number that a backend may refuse, first of the sizes then.
     ``backend`` "" lets the dispatcher choose.
     """
 
     def run(*arguments: Any, backend: str = "", **rules: bool) -> Any:
-        query = arguments[0]
+        if check is not None:
+            check(*arguments)
+        query, keys = arguments[0], arguments[key_at]
         device_type = query.device.type
-        shape = (query.shape[0], arguments[key_at].shape[0], query.shape[1])
+        count = keys if isinstance(keys, int) else keys.shape[-2]
+        shape: tuple[int, ...] = (query.shape[-2], count, query.shape[-1])
+        if count_at is not None:
+            shape = (arguments[count_at], *shape)
         function = getattr(dispatch.select(op, device_type, query.dtype, shape, backend), name)
         # Autocast is still on in here and would lower the reference's products.
         with without_autocast(device_type):

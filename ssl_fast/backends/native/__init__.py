@@ -16,13 +16,14 @@ else:
 __all__ = ["DTYPES", "refuses"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+OPS = ("pair_softmax", "pair_sigmoid", "nearest", "centroid_update", "top_k")
 
 
 def refuses(op: str, device_type: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
     """Why the C++ kernels can't serve such a call, or None."""
     if _missing is not None:
         return _missing
-    if op not in ("pair_softmax", "pair_sigmoid"):
+    if op not in OPS:
         return f"there is no C++ kernel for {op}"
     if device_type != "cpu":
         return f"the C++ kernels read CPU memory, not {device_type}"

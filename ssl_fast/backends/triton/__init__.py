@@ -7,17 +7,24 @@ import torch
 
 # Rows are counted in int32 inside the kernels, where two such numbers are added at most.
 MOST_ROWS = 2**30
-OPS = ("pair_softmax", "pair_sigmoid")
+# top_k holds a row's neighbours in registers.
+MOST_NEIGHBOURS = 64
+OPS = ("pair_softmax", "pair_sigmoid", "nearest", "centroid_update", "top_k")
 
 
 def refuses(op: str, device_type: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:
-    """Why this backend can't serve a call, or None; shape is the sizes of the sweep, (N, M, D)."""
+    """Why this backend can't serve a call, or None; shape is the sizes of the sweep, (N, M, D).
+
+    For top_k (k, N, M, D).
+    """
     if op not in OPS:
         return f"it has no kernel for {op}"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
     if max(shape, default=0) > MOST_ROWS:
         return f"it counts rows in 32 bits: {MOST_ROWS} at most, not {max(shape)}"
+    if op == "top_k" and len(shape) == 4 and shape[0] > MOST_NEIGHBOURS:
+        return f"it keeps {MOST_NEIGHBOURS} neighbours at most, not {shape[0]}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device_type == "cpu":

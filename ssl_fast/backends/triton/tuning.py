@@ -21,6 +21,8 @@ OPS = (
     "weights_symmetric",
     "sigmoid_sweep",
     "sigmoid_weights",
+    "nearest",
+    "top_k",
 )
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "generic")
 
@@ -130,20 +132,41 @@ def _more_sixteen_bit(dtype: str) -> Table:
     }
 
 
+def _searches(dtype: str) -> Table:
+    """Rows for the nearest centroid and the nearest neighbours, which keep 64-bit keys."""
+    table: Table = {}
+    for architecture, columns, stages in (("sm_80", 64, 2), ("sm_90", 128, 3), ("sm_100", 64, 3)):
+        table |= {
+            ("nearest", dtype, 64, architecture): _new(128, columns, 64, 8, 3),
+            ("nearest", dtype, 128, architecture): _new(128, columns, 128, 8, stages),
+            ("nearest", dtype, ANY_DEPTH, architecture): _new(128, columns, 64, 8, 3),
+            ("top_k", dtype, 128, architecture): _new(64, 64, 128, 8, stages),
+            ("top_k", dtype, 64, architecture): _new(64, 64, 64, 8, stages),
+            ("top_k", dtype, ANY_DEPTH, architecture): _new(64, 64, 64, 8, 3),
+        }
+    return table | {
+        ("nearest", dtype, 128, "generic"): _new(64, 64, 128, 4, 2),
+        ("nearest", dtype, ANY_DEPTH, "generic"): _new(64, 64, 64, 4, 2),
+        ("top_k", dtype, ANY_DEPTH, "generic"): _new(32, 64, 64, 4, 2),
+    }
+
+
 def _full_precision() -> Table:
     """Rows for fp32: 3×TF32 or TF32 on tensor cores, plain multiply-adds where there are none."""
     table: Table = {}
     for op in OPS:
-        config = _new if op.startswith(("sigmoid", "weights_symmetric")) else Config
+        newer = ("sigmoid", "weights_symmetric", "nearest", "top_k")
+        config = _new if op.startswith(newer) else Config
         for architecture in ("sm_80", "sm_90", "sm_100"):
-            table[op, "float32", ANY_DEPTH, architecture] = config(128, 64, 32, 8, 3)
+            rows = 64 if op == "top_k" else 128
+            table[op, "float32", ANY_DEPTH, architecture] = config(rows, 64, 32, 8, 3)
         table[op, "float32", ANY_DEPTH, "generic"] = config(64, 64, 32, 8, 2)
     return table
 
 
 TABLE: Table = _full_precision()
 for _dtype in ("bfloat16", "float16"):
-    TABLE |= _sixteen_bit(_dtype) | _more_sixteen_bit(_dtype)
+    TABLE |= _sixteen_bit(_dtype) | _more_sixteen_bit(_dtype) | _searches(_dtype)
 
 
 def architecture_of(capability: tuple[int, int] | None) -> str:

@@ -1,0 +1,92 @@
+#pragma once
+// What the bindings of all ops share: addresses from Python, and calls that run without the GIL.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "core/isa.h"
+#include "core/memory.h"
+#include "core/team.h"
+
+namespace ssl_fast {
+namespace py = pybind11;
+
+template <class T = void>
+T* pointer(const py::object& address) {
+    return address.is_none() ? nullptr : reinterpret_cast<T*>(address.cast<std::uintptr_t>());
+}
+
+template <class Call>
+struct Job {
+    const Call* call;
+    const Kernels<Call>* kernels;
+};
+
+template <class Call>
+void run(const Call& call, const Kernels<Call>& kernels) {
+    py::gil_scoped_release release;
+    Job<Call> job{&call, &kernels};
+    run_team(
+        call.threads,
+        [](Team* team, void* context) {
+            const auto* job = static_cast<Job<Call>*>(context);
+            job->kernels->run(*job->call, team);
+        },
+        &job);
+}
+
+// Built once, asked for its workspace, then run: the ISA is fixed in between.
+template <class Call>
+class Prepared {
+  public:
+    Prepared(const Call& call, const Kernels<Call>* kernels) : call_(call), kernels_(kernels) {}
+    std::size_t workspace_bytes() const { return kernels_->workspace_bytes(call_) + 64; }
+    void run(std::uintptr_t workspace) {
+        call_.workspace = reinterpret_cast<void*>((workspace + 63) / 64 * 64);
+        advise_huge_pages(workspace, workspace_bytes());
+        ssl_fast::run(call_, *kernels_);
+    }
+
+  private:
+    Call call_;
+    const Kernels<Call>* kernels_;
+};
+
+// Fills a call's pointers from addresses by name; what is missing stays null.
+class Arrays {
+  public:
+    explicit Arrays(const py::dict& addresses) : addresses_(addresses) {}
+    template <class T>
+    void take(const char* name, T*& field) {
+        if (!addresses_.contains(name)) return;
+        field = pointer<T>(addresses_[name]);
+        ++taken_;
+    }
+    // An address that nothing asked for is a caller's mistake.
+    void finish() const {
+        if (taken_ != addresses_.size())
+            throw std::invalid_argument("arrays holds " + std::to_string(addresses_.size()) +
+                                        " names, of which this call knows " +
+                                        std::to_string(taken_));
+    }
+
+  private:
+    const py::dict& addresses_;
+    std::size_t taken_ = 0;
+};
+
+template <class Call>
+void bind_prepared(py::module_& module, const char* name) {
+    py::class_<Prepared<Call>>(module, name, py::module_local())
+        .def("workspace_bytes", &Prepared<Call>::workspace_bytes)
+        .def("run", &Prepared<Call>::run, py::arg("workspace"));
+}
+
+// The ops of bindings_clustering.cpp.
+void bind_clustering(py::module_& module);
+
+}  // namespace ssl_fast

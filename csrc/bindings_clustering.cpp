@@ -1,0 +1,136 @@
+// nearest, lloyd, centroid_update and top_k: from addresses, sizes and strides to their calls.
+
+#include <tuple>
+
+#include "bindings.h"
+
+namespace ssl_fast {
+namespace {
+
+Batch batch(const py::object& triple) {
+    const auto [address, batch_stride, row_stride] =
+        triple.cast<std::tuple<std::uintptr_t, std::int64_t, std::int64_t>>();
+    return {reinterpret_cast<const void*>(address), batch_stride, row_stride};
+}
+
+void check(std::int64_t b, std::int64_t n, std::int64_t k, std::int64_t d, int dtype, int threads) {
+    if (b < 0 || n < 0 || k < 1 || d < 1)
+        throw std::invalid_argument(
+            "sizes must be b >= 0, n >= 0, at least 1 centroid or key, and d >= 1; got " +
+            std::to_string(b) + ", " + std::to_string(n) + ", " + std::to_string(k) + " and " +
+            std::to_string(d));
+    // An index rides on a lane of 32 bits.
+    if (k > INT32_MAX)
+        throw std::invalid_argument("at most 2^31 - 1 centroids or keys, got " + std::to_string(k));
+    if (dtype < 0 || dtype > 2)
+        throw std::invalid_argument("dtype must be 0 (float32), 1 (bfloat16) or 2 (float16), got " +
+                                    std::to_string(dtype));
+    if (threads < 1)
+        throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
+}
+
+// A result that is written whatever the call asks for.
+void require(const void* field, const char* name) {
+    if (field == nullptr) throw std::invalid_argument(std::string(name) + " is missing");
+}
+
+Prepared<Nearest> nearest(int dtype, std::int64_t b, std::int64_t n, std::int64_t k, std::int64_t d,
+                          const py::object& x, const py::object& centroids, int threads,
+                          const py::dict& addresses) {
+    check(b, n, k, d, dtype, threads);
+    Nearest call{};
+    call.dtype = static_cast<Dtype>(dtype);
+    call.b = b;
+    call.n = n;
+    call.k = k;
+    call.d = d;
+    call.x = batch(x);
+    call.centroids = batch(centroids);
+    call.threads = threads;
+    Arrays arrays(addresses);
+    arrays.take("x_scale", call.x_scale);
+    arrays.take("centroid_scale", call.centroid_scale);
+    arrays.take("weight", call.weight);
+    arrays.take("lengths", call.lengths);
+    arrays.take("labels", call.labels);
+    arrays.take("distances", call.distances);
+    arrays.take("sums", call.sums);
+    arrays.take("counts", call.counts);
+    arrays.finish();
+    if (b * n > 0) require(call.labels, "labels");
+    if ((call.sums == nullptr) != (call.counts == nullptr))
+        throw std::invalid_argument("sums and counts are given together or not at all");
+    return {call, active_isa().nearest};
+}
+
+Prepared<CentroidUpdate> centroid_update(int dtype, std::int64_t b, std::int64_t n, std::int64_t k,
+                                         std::int64_t d, const py::object& x, int threads,
+                                         const py::dict& addresses) {
+    check(b, n, k, d, dtype, threads);
+    CentroidUpdate call{};
+    call.dtype = static_cast<Dtype>(dtype);
+    call.b = b;
+    call.n = n;
+    call.k = k;
+    call.d = d;
+    call.x = batch(x);
+    call.threads = threads;
+    Arrays arrays(addresses);
+    arrays.take("labels", call.labels);
+    arrays.take("x_scale", call.x_scale);
+    arrays.take("weight", call.weight);
+    arrays.take("sums", call.sums);
+    arrays.take("counts", call.counts);
+    arrays.take("largest", call.largest);
+    arrays.finish();
+    if (b * n > 0) require(call.labels, "labels");
+    if (b > 0) {
+        require(call.sums, "sums");
+        require(call.counts, "counts");
+        require(call.largest, "largest");
+    }
+    return {call, active_isa().centroid_update};
+}
+
+Prepared<TopK> top_k(int dtype, std::int64_t b, std::int64_t n, std::int64_t m, std::int64_t d,
+                     std::int64_t k, const py::object& x, const py::object& y, int threads,
+                     const py::dict& addresses) {
+    check(b, n, m, d, dtype, threads);
+    if (k < 1 || k > m)
+        throw std::invalid_argument("k must be between 1 and the number of keys, " +
+                                    std::to_string(m) + ", got " + std::to_string(k));
+    TopK call{};
+    call.dtype = static_cast<Dtype>(dtype);
+    call.b = b;
+    call.n = n;
+    call.m = m;
+    call.d = d;
+    call.k = k;
+    call.x = batch(x);
+    call.y = batch(y);
+    call.threads = threads;
+    Arrays arrays(addresses);
+    arrays.take("x_scale", call.x_scale);
+    arrays.take("y_scale", call.y_scale);
+    arrays.take("distances", call.distances);
+    arrays.take("indices", call.indices);
+    arrays.finish();
+    if (b * n > 0) {
+        require(call.distances, "distances");
+        require(call.indices, "indices");
+    }
+    return {call, active_isa().top_k};
+}
+
+}  // namespace
+
+void bind_clustering(py::module_& module) {
+    bind_prepared<Nearest>(module, "Nearest");
+    bind_prepared<CentroidUpdate>(module, "CentroidUpdate");
+    bind_prepared<TopK>(module, "TopK");
+    module.def("nearest", &nearest);
+    module.def("centroid_update", &centroid_update);
+    module.def("top_k", &top_k);
+}
+
+}  // namespace ssl_fast

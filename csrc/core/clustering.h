@@ -1,0 +1,62 @@
+#pragma once
+// The signatures of nearest, lloyd, centroid_update and top_k. All have a leading batch of B
+// independent problems. u_i = x_scale_i x_i and v_k = centroid_scale_k c_k, scales of null being 1.
+
+#include "core/pair_softmax.h"
+
+namespace ssl_fast {
+
+// B matrices with contiguous rows; strides count elements.
+struct Batch {
+    const void* data;
+    std::int64_t batch_stride, row_stride;
+};
+
+// labels = argmin_k |u_i - v_k|^2, ties to the lowest k; with sums, one pass of Lloyd's algorithm.
+struct Nearest {
+    Dtype dtype;
+    std::int64_t b, n, k, d;
+    Batch x;                      // [B, N, D]
+    Batch centroids;              // [B, K, D]
+    const float* x_scale;         // [B, N] or null
+    const float* centroid_scale;  // [B, K] or null
+    const float* weight;          // [B, N] or null: 1
+    const std::int64_t* lengths;  // [B] or null: N. Rows from there on get label -1, distance 0
+    std::int64_t* labels;         // [B, N]
+    float* distances;             // [B, N] or null: |u_i - v_label|^2
+    double* sums;                 // [B, K, D] or null; zeroed by the caller, as counts
+    double* counts;               // [B, K] or null
+    int threads;
+    void* workspace;
+};
+
+// sums_k = sum of weight_i u_i over label_i = k, in the order of the rows.
+struct CentroidUpdate {
+    Dtype dtype;
+    std::int64_t b, n, k, d;
+    Batch x;                     // [B, N, D]
+    const std::int64_t* labels;  // [B, N]; a negative one takes no part
+    const float* x_scale;        // [B, N] or null
+    const float* weight;         // [B, N] or null: 1
+    double* sums;                // [B, K, D], zeroed by the caller, as counts
+    double* counts;              // [B, K]
+    std::int64_t* largest;       // [B]: the largest label; those >= K are left out
+    int threads;
+    void* workspace;
+};
+
+// The k nearest of M rows, ascending by (distance, index).
+struct TopK {
+    Dtype dtype;
+    std::int64_t b, n, m, d, k;
+    Batch x;               // [B, N, D]
+    Batch y;               // [B, M, D]
+    const float* x_scale;  // [B, N] or null
+    const float* y_scale;  // [B, M] or null
+    float* distances;      // [B, N, k]
+    std::int64_t* indices;
+    int threads;
+    void* workspace;
+};
+
+}  // namespace ssl_fast

@@ -1,0 +1,116 @@
+"""nearest and lloyd on the CPU: from tensors to the pointers of csrc/cpu/nearest.cpp.
+
+The functions and their arguments are the reference's (backends/reference/nearest.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ssl_fast import _native
+from ssl_fast.backends.native import DTYPES
+from ssl_fast.backends.native.arrays import check, run
+
+__all__ = ["batch_address", "batch_of", "hold_batch", "lloyd", "nearest"]
+
+
+def batch_of(features: Tensor) -> Tensor:
+    """The matrices with contiguous rows; any distance between rows, or matrices, will do."""
+    features = features.resolve_neg()
+    contiguous = features.stride(2) == 1 or features.shape[2] == 1
+    return features if contiguous else features.contiguous()
+
+
+def batch_address(features: Tensor) -> tuple[int, int, int]:
+    """Where the first matrix begins, and the distances between matrices and between rows."""
+    return features.data_ptr(), features.stride(0), features.stride(1)
+
+
+def hold_batch(
+    arrays: dict[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]],
+) -> dict[str, Tensor]:
+    """The arrays that are there, contiguous; each beside its shape and dtype.
+
+    A copy must outlive the call: the caller keeps what this returns.
+    """
+    held = {}
+    for name, (value, shape, dtype) in arrays.items():
+        if value is None:
+            continue
+        check(name, value, shape, dtype)
+        held[name] = value.contiguous()
+    return held
+
+
+def _assign(
+    x: Tensor,  # [B, N, D]
+    centroids: Tensor,  # [B, K, D]
+    x_scale: Tensor | None,  # [B, N]
+    centroid_scale: Tensor | None,  # [B, K]
+    weight: Tensor | None,  # [B, N]
+    lengths: Tensor | None,  # [B]
+    distances: bool,
+    written: dict[str, Tensor],
+) -> tuple[Tensor, Tensor]:
+    (b, n, d), k = x.shape, centroids.shape[1]
+    check("x", x, (b, n, d), x.dtype)
+    check("centroids", centroids, (b, k, d), x.dtype)
+    # Contiguous copies must outlive the call: they are held by these names.
+    x, centroids = batch_of(x), batch_of(centroids)
+    held = hold_batch(
+        {
+            "x_scale": (x_scale, (b, n), torch.float32),
+            "centroid_scale": (centroid_scale, (b, k), torch.float32),
+            "weight": (weight, (b, n), torch.float32),
+            "lengths": (lengths, (b,), torch.int64),
+        }
+    )
+    labels = torch.empty((b, n), dtype=torch.int64)
+    squared = torch.empty((b, n if distances else 0), dtype=torch.float32)
+    written = {"labels": labels, **({"distances": squared} if distances else {}), **written}
+    run(
+        _native.nearest(
+            DTYPES[x.dtype],
+            b,
+            n,
+            k,
+            d,
+            batch_address(x),
+            batch_address(centroids),
+            torch.get_num_threads(),
+            {name: value.data_ptr() for name, value in (*held.items(), *written.items())},
+        )
+    )
+    return labels, squared
+
+
+def nearest(
+    x: Tensor,  # [B, N, D]
+    centroids: Tensor,  # [B, K, D]
+    x_scale: Tensor | None,  # [B, N]
+    centroid_scale: Tensor | None,  # [B, K]
+    lengths: Tensor | None,  # [B]
+    distances: bool,
+) -> tuple[Tensor, Tensor]:
+    """Labels and, where asked for, squared distances in one product."""
+    return _assign(x, centroids, x_scale, centroid_scale, None, lengths, distances, {})
+
+
+def lloyd(
+    x: Tensor,  # [B, N, D]
+    centroids: Tensor,  # [B, K, D]
+    x_scale: Tensor | None,  # [B, N]
+    centroid_scale: Tensor | None,  # [B, K]
+    weight: Tensor | None,  # [B, N]
+    lengths: Tensor | None,  # [B]
+    distances: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same, and the clusters' sums and counts while the rows are in cache."""
+    sums = torch.zeros(centroids.shape, dtype=torch.float64)
+    counts = torch.zeros(centroids.shape[:2], dtype=torch.float64)
+    labels, squared = _assign(
+        x, centroids, x_scale, centroid_scale, weight, lengths, distances,
+        {"sums": sums, "counts": counts},
+    )  # fmt: skip
+    return labels, squared, sums, counts

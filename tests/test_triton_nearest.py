@@ -1,0 +1,115 @@
+"""What Triton refuses of nearest, centroid_update and top_k, and their kernels compiled for cards.
+
+The interpreter's checks are in interpreted_nearest.py, which test_triton_pair_softmax.py runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from compile_triton_kernels import SMALL, search_cases
+from plain_clusters import all_distances, assert_near_distances, assert_near_labels
+from test_triton_compile import MATRIX_INSTRUCTION, SHARED_KB
+from tolerances import assert_near
+
+import ssl_fast
+from ssl_fast.backends import dispatch, triton
+from ssl_fast.ops.top_k import top_k
+
+HERE = Path(__file__).parent
+CASES = search_cases()
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Every case's report, compiled once, in a process where Triton doesn't interpret."""
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # the package that this process tests, wherever it was found
+    environment["PYTHONPATH"] = str(Path(ssl_fast.__file__).parents[1])
+    names = [case.name for case in CASES]
+    run = subprocess.run(
+        [sys.executable, str(HERE / "compile_triton_kernels.py"), *names],
+        cwd=HERE.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_compiles_clean(compiled, case):
+    report = compiled[case.name]
+    assert report["shared"] <= SHARED_KB[case.target] * 1024
+    assert report["spilled"] == 0, report
+    assert report["remarks"] == [], report
+    if case.op in SMALL:
+        assert report["registers"] <= 128
+    elif case.depth % 16 == 0:
+        assert MATRIX_INSTRUCTION[case.target] in report["instructions"]
+        if case.target == "sm_90":
+            assert "cp.async" in report["instructions"]
+
+
+def test_refuses_with_a_reason(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for op in ("nearest", "centroid_update", "top_k"):
+        assert "not float64" in triton.refuses(op, "cuda", torch.float64, (8, 8, 8))
+        assert "32 bits" in triton.refuses(op, "cuda", torch.float32, (8, 2**31, 8))
+    most = triton.MOST_NEIGHBOURS
+    reason = triton.refuses("top_k", "cuda", torch.float32, (most + 1, 8, 100, 8))
+    assert f"{most} neighbours at most, not {most + 1}" in reason
+
+
+def test_more_neighbours_than_triton_keeps(monkeypatch):
+    """The number reaches the backend's answer, and the reference serves with one warning."""
+    monkeypatch.setattr(dispatch, "_warned", set())
+    monkeypatch.setitem(dispatch.PRIORITY, "cpu", ("triton", "reference"))
+    monkeypatch.delenv("SSL_FAST_BACKEND", raising=False)
+    x = torch.randn(1, 3, 4)
+    y = torch.randn(1, 200, 4)
+    with pytest.warns(RuntimeWarning, match="64 neighbours at most, not 65"):
+        _, indices = top_k(x, y, 65)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(top_k(x, y, 65)[1], indices)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "shape", [(3, 33, 50, 20), (2, 300, 700, 128), (1, 5000, 1000, 768)], ids=str
+)
+def test_on_a_card(features, shape, dtype):
+    """The compiled kernels against distances written out, at the table's own tile sizes."""
+    batch, n, k, d = shape
+    if triton.refuses("nearest", "cuda", dtype, shape[1:]):
+        pytest.skip("this GPU is refused")
+    x, y = (features(batch, m, d, dtype=dtype).cuda() for m in (n, k))
+    weight = torch.rand(batch, n, device="cuda")
+    for scales in ((None, None), (weight + 0.5, torch.rand(batch, k, device="cuda") + 0.5)):
+        exact = all_distances(x, y, *scales)
+        lloyd = dispatch.load("triton", "nearest").lloyd
+        labels, squared, sums, counts = lloyd(x, y, *scales, weight, None, True)
+        assert_near_labels(labels, exact)
+        if dtype is not torch.float32:
+            assert torch.equal(labels, exact.argmin(2))
+        assert_near_distances(squared, labels, x, y, *scales)
+        update = dispatch.load("reference", "centroid_update").centroid_update
+        for out, e in zip((sums, counts), update(x, labels, scales[0], weight, k), strict=True):
+            assert_near(out, e, torch.float32)
+        for neighbours in (1, 7, 50):
+            squared, indices = dispatch.load("triton", "top_k").top_k(x, y, *scales, neighbours)
+            expected = exact.sort(dim=2).values[..., :neighbours]
+            torch.testing.assert_close(exact.gather(2, indices), expected, rtol=1e-5, atol=1e-5)
+            assert_near_distances(squared, indices, x, y, *scales)
+            assert_near_labels(indices[..., 0].contiguous(), exact)
