@@ -1,5 +1,8 @@
-"""Self-supervised losses for PyTorch, each one sweep over a product that is never stored."""
+"""Self-supervised losses and clustering, each one sweep over a product that is never stored."""
 
+from typing import TYPE_CHECKING, Any
+
+from ssl_fast.cluster import KMeansResult, batched_kmeans, kmeans_assign, kmeans_update, knn
 from ssl_fast.config import show_config
 from ssl_fast.grad_cache import cached_step
 from ssl_fast.losses.clip import ClipLoss, clip_loss
@@ -10,18 +13,28 @@ from ssl_fast.losses.nt_xent import NTXentLoss, nt_xent
 from ssl_fast.losses.siglip import SigLipLoss, siglip_loss
 from ssl_fast.losses.sup_con import SupConLoss, SupConStats, sup_con
 
+if TYPE_CHECKING:
+    from ssl_fast.cluster import KMeans, MiniBatchKMeans
+
 __all__ = [
     "ClipLoss",
     "ContrastiveStats",
     "InfoNCE",
+    "KMeans",
+    "KMeansResult",
     "MemoryBank",
+    "MiniBatchKMeans",
     "NTXentLoss",
     "SigLipLoss",
     "SupConLoss",
     "SupConStats",
+    "batched_kmeans",
     "cached_step",
     "clip_loss",
     "info_nce",
+    "kmeans_assign",
+    "kmeans_update",
+    "knn",
     "nt_xent",
     "show_config",
     "siglip_loss",
@@ -29,3 +42,12 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # The estimators import scikit-learn, which is an extra.
+    if name not in ("KMeans", "MiniBatchKMeans"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ssl_fast import cluster
+
+    return getattr(cluster, name)
