@@ -16,7 +16,7 @@ RUN := PYTHONSAFEPATH=1 $(BIN)/
 
 .PHONY: help demo test bench lint format asan clean
 help:
-	@echo 'make demo    pretrain on digits with ssl_fast and with plain torch, compare, draw'
+	@echo 'make demo    pretrain on digits with ssl_fast and with plain torch, cluster, compare, draw'
 	@echo 'make test    the tests             TEST_ARGS="-k nt_xent -x"'
 	@echo 'make bench   the benchmarks        BENCH_ARGS=--full'
 	@echo 'make lint    ruff, mypy, clang-format'

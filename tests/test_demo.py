@@ -1,5 +1,6 @@
 """The demo with tiny settings: what it computes, and what it says when it can't."""
 
+import dataclasses
 import importlib.util
 import math
 import re
@@ -14,8 +15,29 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from ssl_fast.demo import cli, data, encoder, evaluation, memory, plain, scaling, tables, training
-from ssl_fast.demo.results import readable_bytes, readable_seconds
+import sklearn.cluster
+import sklearn.metrics
+
+from ssl_fast.demo import (
+    cli,
+    clustering,
+    data,
+    encoder,
+    evaluation,
+    memory,
+    picture,
+    plain,
+    scaling,
+    tables,
+    training,
+)
+from ssl_fast.demo.results import (
+    UNTRAINED,
+    Results,
+    readable_bytes,
+    readable_seconds,
+    readable_share,
+)
 
 MEBIBYTE = 2**20
 
@@ -102,6 +124,68 @@ def test_few_labels_are_as_many_of_each_class():
     assert not torch.equal(chosen, evaluation.few_labels(labels, 4, seed=2))
 
 
+def blobs():
+    """Twelve rows around each of ten far corners, in mixed order, and which corner it was."""
+    generator = torch.Generator().manual_seed(1)
+    corners = torch.arange(10).repeat(12)
+    return 4 * torch.eye(10)[corners] + 0.5 * torch.randn(120, 10, generator=generator), corners
+
+
+def test_clustering_has_scikit_learn_s_numbers():
+    x, corners = blobs()
+    found = clustering.compare(x, corners, seed=3)
+    model = sklearn.cluster.KMeans(10, n_init=clustering.STARTS, random_state=3).fit(x.numpy())
+    assert found.labels.tolist() == model.labels_.tolist()
+    assert found.agreement == 1.0
+    assert set(found.fits) == {scaling.OURS, clustering.THEIRS}
+    for fit in found.fits.values():
+        assert fit.rand == pytest.approx(
+            sklearn.metrics.adjusted_rand_score(corners, model.labels_)
+        )
+        assert fit.information == pytest.approx(
+            sklearn.metrics.normalized_mutual_info_score(corners, model.labels_)
+        )
+        assert fit.rand > 0.99
+        assert fit.inertia == pytest.approx(model.inertia_, rel=1e-5)
+        assert fit.iterations == model.n_iter_
+        assert 0 < fit.seconds < 5
+
+
+def test_clustering_of_noise_finds_no_digits():
+    generator = torch.Generator().manual_seed(0)
+    x, digits = torch.rand(300, 3, generator=generator), torch.arange(10).repeat(30)
+    found = clustering.compare(x, digits, seed=0)
+    assert abs(found.fits[scaling.OURS].rand) < 0.1
+    assert found.fits[scaling.OURS].information < 0.2
+
+
+def test_portraits_are_mean_images_with_their_digit_and_purity():
+    images = torch.rand(7, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    # Cluster 9 has no image, and cluster 2's digits are as many: the lower one names it.
+    labels = torch.tensor([0, 0, 0, 2, 2, 5, 5])
+    digits = torch.tensor([7, 7, 1, 8, 3, 0, 0])
+    found = clustering.portraits(images, labels, digits)
+    assert [(portrait.digit, portrait.purity) for portrait in found] == [
+        (0, 1.0),
+        (3, 0.5),
+        (7, pytest.approx(2 / 3)),
+    ]
+    for portrait, cluster in zip(found, (5, 2, 0), strict=True):
+        torch.testing.assert_close(portrait.image, images[labels == cluster].mean((0, 1)))
+
+
+def test_embeddings_are_the_projector_s_with_statistics_frozen():
+    images = data.load_digits().train_images[:32]
+    model = encoder.new_encoder(0).train()
+    statistics = model.trunk[1].running_mean.clone()
+    found = encoder.embeddings_of(model, images)
+    assert found.shape == (32, encoder.EMBEDDING)
+    assert not found.requires_grad
+    assert model.training
+    assert torch.equal(model.trunk[1].running_mean, statistics)
+    torch.testing.assert_close(found, model.projector(encoder.features_of(model, images)))
+
+
 def hold_bytes(count):
     """A job for the child process: the call allocates and fills ``count`` bytes."""
     return lambda: torch.ones(count, dtype=torch.uint8)
@@ -152,20 +236,74 @@ def test_command_prints_the_table_and_draws(monkeypatch, tmp_path, capsys):
     losses = re.findall(r"NT-Xent loss.* ([\d.]+) +([\d.]+)", printed)[0]
     assert float(losses[0]) == pytest.approx(float(losses[1]), rel=1e-3)
     assert "batch 32 (synthetic: 64 x 128, fp32)" in printed
+    assert "k-means of the 1257 train images" in printed
+    for space in (clustering.PIXELS, clustering.EMBEDDINGS):
+        ours, theirs = (
+            re.findall(rf"{space}, {side}  +([\d.]+) +([\d.]+) +([\d.]+) ", printed)[0]
+            for side in (scaling.OURS, clustering.THEIRS)
+        )
+        assert 0.3 < float(ours[0]) <= 1.0
+        assert float(ours[0]) == pytest.approx(float(theirs[0]), abs=0.05)
+        assert float(ours[2]) == pytest.approx(float(theirs[2]), rel=1e-3)
     assert str(out) in printed
 
 
-def test_a_skipped_side_stands_in_the_table():
+def some_results(agreement=1.0):
+    """Results with one batch size, which plain torch skipped, and two clusters."""
     point = scaling.Point(64, {scaling.OURS: 0.5}, {scaling.OURS: 48 * MEBIBYTE})
     point.skipped[scaling.PLAIN] = "would need 30 GiB, over half of what is free"
-    from ssl_fast.demo.results import UNTRAINED, Results
-
     scores = {name: evaluation.Scores(0.9, 0.8) for name in (UNTRAINED, *scaling.SIDES)}
-    plane, sides = torch.zeros(1, 2), scaling.SIDES
-    results = Results(
-        scores, {key: [1.0] for key in sides}, plane, plane,
-        torch.zeros(1), [point], 10, 2,
-    )  # fmt: skip
+    fit = clustering.Fit(0.8694, 0.8912, 691.6095, 18, 0.034)
+    fits = {scaling.OURS: fit, clustering.THEIRS: dataclasses.replace(fit, seconds=0.028)}
+    found = clustering.Clustering(fits, torch.zeros(20, dtype=torch.int64), agreement)
+    return Results(
+        scores=scores,
+        losses={side: [1.0] for side in scaling.SIDES},
+        before=torch.zeros(1, 2),
+        after=torch.zeros(1, 2),
+        test_labels=torch.zeros(1),
+        clusterings={clustering.PIXELS: found, clustering.EMBEDDINGS: found},
+        portraits=[
+            clustering.Portrait(torch.full((8, 8), shade), digit, purity)
+            for shade, digit, purity in ((0.25, 3, 0.976), (0.5, 8, 1.0))
+        ],
+        points=[point],
+        labels_per_class=10,
+        threads=2,
+    )
+
+
+def test_the_table_of_clusters():
+    lines = tables.render(some_results()).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("k-means of the 20 train"))
+    assert lines[start + 1].split() == [
+        "adj.", "Rand", "NMI", "inertia", "iterations", "time", "same", "labels"
+    ]  # fmt: skip
+    rows = [re.split(" {2,}", line) for line in lines[start + 3 : start + 7]]
+    assert rows[2] == ["embeddings, ssl_fast", "0.869", "0.891", "691.61", "18", "34 ms", "-"]
+    assert rows[3] == [
+        "embeddings, scikit-learn", "0.869", "0.891", "691.61", "18", "28 ms", "100 %"
+    ]  # fmt: skip
+    assert "96.4 %" in tables.render(some_results(agreement=0.964))
+
+
+def test_the_picture_has_a_row_of_clusters(monkeypatch, tmp_path):
+    import matplotlib.figure
+
+    figures = []
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda figure, *_, **__: figures.append(figure)
+    )
+    picture.draw(some_results(), tmp_path / "x.png")
+    panels, row = figures[0].subfigs
+    assert len(panels.axes) == 6
+    assert [axis.get_title() for axis in row.axes] == ["3: 97.6 %", "8: 100 %"]
+    assert [axis.images[0].get_array().max() for axis in row.axes] == [0.25, 0.5]
+    assert "adjusted Rand index 0.87" in row.get_suptitle()
+
+
+def test_a_skipped_side_stands_in_the_table():
+    results = some_results()
     assert results.large_batch() is None
     assert (
         "batch 64: plain torch skipped: it would need 30 GiB, over half of what is free; "
@@ -229,3 +367,4 @@ def test_readable_numbers():
         "4.20 s",
         "25 s",
     ]
+    assert [readable_share(x) for x in (0.9639, 0.9999, 1.0)] == ["96.4 %", "99.9 %", "100 %"]

@@ -1,4 +1,4 @@
-"""The demo's one command: pretrain twice, score, measure, print a table and draw a picture."""
+"""The demo's one command: pretrain twice, score, cluster, measure, print and draw."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ from pathlib import Path
 
 import torch
 
-from ssl_fast.demo import data, encoder, evaluation, extras, picture, scaling, tables, training
+from ssl_fast.demo import (
+    clustering,
+    data,
+    encoder,
+    evaluation,
+    extras,
+    picture,
+    scaling,
+    tables,
+    training,
+)
+from ssl_fast.demo.clustering import EMBEDDINGS, PIXELS
 from ssl_fast.demo.evaluation import Scores
 from ssl_fast.demo.results import UNTRAINED, Results
 from ssl_fast.demo.scaling import OURS, PLAIN
@@ -83,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def collect(settings: Settings) -> Results:
-    """Pretrain on both sides, score, and measure time and memory."""
+    """Pretrain on both sides, score, cluster, and measure time and memory."""
     digits = data.load_digits()
     print(
         f"digits: {len(digits.train_images)} images to pretrain on without labels, "
@@ -108,6 +119,15 @@ def collect(settings: Settings) -> Results:
         evaluation.map_to_plane(encoder.features_of(model, digits.test_images), settings.seed)
         for model in (untrained, runs[OURS].encoder)
     )
+    print("clustering the train images ...", flush=True)
+    spaces = {
+        PIXELS: digits.train_images.flatten(1),
+        EMBEDDINGS: encoder.embeddings_of(runs[OURS].encoder, digits.train_images),
+    }
+    clusterings = {
+        space: clustering.compare(x, digits.train_labels, settings.seed)
+        for space, x in spaces.items()
+    }
     sizes = scaling.measure(settings.batches, seconds=settings.scaling_seconds)
     bar = extras.require("tqdm").tqdm(
         sizes, total=len(settings.batches), desc="time and memory by batch size", unit="size"
@@ -118,6 +138,10 @@ def collect(settings: Settings) -> Results:
         before=before,
         after=after,
         test_labels=digits.test_labels,
+        clusterings=clusterings,
+        portraits=clustering.portraits(
+            digits.train_images, clusterings[EMBEDDINGS].labels, digits.train_labels
+        ),
         points=list(bar),
         labels_per_class=LABELS_PER_CLASS,
         threads=torch.get_num_threads(),

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 FEATURES = 128
 EMBEDDING = 64
@@ -54,8 +59,18 @@ def new_encoder(seed: int) -> Encoder:
 @torch.no_grad()
 def features_of(encoder: Encoder, images: Tensor) -> Tensor:
     """Features [N, 128] with batch statistics frozen; the encoder's mode is left as it was."""
+    return _frozen(encoder, encoder.forward, images)
+
+
+@torch.no_grad()
+def embeddings_of(encoder: Encoder, images: Tensor) -> Tensor:
+    """Embeddings [N, 64], as ``features_of``."""
+    return _frozen(encoder, encoder.project, images)
+
+
+def _frozen(encoder: Encoder, call: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
     training = encoder.training
     encoder.eval()
-    features: Tensor = encoder(images)
+    found = call(images)
     encoder.train(training)
-    return features
+    return found

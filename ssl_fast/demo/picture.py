@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ssl_fast.demo.clustering import EMBEDDINGS, PIXELS
 from ssl_fast.demo.data import CLASSES
 from ssl_fast.demo.evaluation import NEIGHBOURS
 from ssl_fast.demo.extras import require
-from ssl_fast.demo.results import UNTRAINED, Results, readable_bytes, readable_seconds
+from ssl_fast.demo.results import (
+    UNTRAINED,
+    Results,
+    readable_bytes,
+    readable_seconds,
+    readable_share,
+)
 from ssl_fast.demo.scaling import DIM, OURS, PLAIN, SIDES
 
 if TYPE_CHECKING:
@@ -43,9 +50,10 @@ def draw(results: Results, path: Path) -> None:
     figure_module: Any = require("matplotlib.figure")
     matplotlib: Any = require("matplotlib")
     with matplotlib.rc_context(_STYLE):
-        figure = figure_module.Figure(figsize=(15.5, 9.2), layout="constrained")
+        figure = figure_module.Figure(figsize=(15.5, 11.4), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.14, wspace=0.02, hspace=0.03)
-        axes = figure.subplots(2, 3)
+        panels, row = figure.subfigures(2, 1, height_ratios=(9.0, 2.2))
+        axes = panels.subplots(2, 3)
         _draw_map(
             axes[0][0], results.before, results.test_labels, "Test images before: untrained encoder"
         )
@@ -59,6 +67,7 @@ def draw(results: Results, path: Path) -> None:
         _draw_scores(axes[1][0], results)
         _draw_time(axes[1][1], results)
         _draw_memory(axes[1][2], results)
+        _draw_clusters(row, results)
         figure.suptitle(
             "Contrastive pretraining on scikit-learn's digits: the same loss, "
             "as a sweep (ssl_fast) and through a dense matrix (plain torch)",
@@ -211,3 +220,21 @@ def _mark_gap(axis: Any, results: Results, what: str) -> None:
         transform=axis.get_xaxis_transform() if below else axis.transData,
         ha="right", va="bottom" if below else "center", fontsize=9, color="#3a3f47",
     )  # fmt: skip
+
+
+def _draw_clusters(figure: Any, results: Results) -> None:
+    rand = {space: found.fits[OURS].rand for space, found in results.clusterings.items()}
+    figure.suptitle(
+        f"k-means of the {EMBEDDINGS}, without labels: each cluster's mean image, most frequent "
+        f"digit and its share (adjusted Rand index {rand[EMBEDDINGS]:.2f}; "
+        f"of the {PIXELS} {rand[PIXELS]:.2f})",
+        fontsize=11.5,
+        fontweight="bold",
+    )
+    axes = figure.subplots(1, len(results.portraits), squeeze=False)[0]
+    for axis, portrait in zip(axes, results.portraits, strict=True):
+        axis.imshow(portrait.image.numpy(), cmap="gray_r", vmin=0.0, vmax=1.0)
+        axis.set_title(f"{portrait.digit}: {readable_share(portrait.purity)}", fontsize=10.5, pad=5)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(True)
+        axis.spines[:].set_color("#c9ccd2")

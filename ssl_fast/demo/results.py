@@ -10,6 +10,7 @@ from ssl_fast.demo.scaling import SIDES, Point
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ssl_fast.demo.clustering import Clustering, Portrait
     from ssl_fast.demo.evaluation import Scores
 
 UNTRAINED = "random init"
@@ -24,6 +25,8 @@ class Results:
     before: Tensor  # [T, 2] map of the untrained encoder's features
     after: Tensor  # [T, 2] map of those that ssl_fast's loss gave
     test_labels: Tensor  # [T]
+    clusterings: dict[str, Clustering]  # keys: PIXELS and EMBEDDINGS
+    portraits: list[Portrait]  # of the embeddings' clusters
     points: list[Point]
     labels_per_class: int
     threads: int
@@ -50,3 +53,8 @@ def readable_seconds(seconds: float) -> str:
         milliseconds = seconds * 1e3
         return f"{milliseconds:.0f} ms" if milliseconds >= 9.95 else f"{milliseconds:.1f} ms"
     return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.0f} s"
+
+
+def readable_share(part: float) -> str:
+    """Such as ``97.3 %``; ``100 %`` only of all."""
+    return "100 %" if part == 1.0 else f"{min(100 * part, 99.9):.1f} %"

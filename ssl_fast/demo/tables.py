@@ -1,23 +1,32 @@
-"""The demo's closing table."""
+"""The demo's closing tables."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ssl_fast.demo.clustering import EMBEDDINGS, STARTS
 from ssl_fast.demo.data import CLASSES
 from ssl_fast.demo.evaluation import NEIGHBOURS
-from ssl_fast.demo.results import UNTRAINED, Results, readable_bytes, readable_seconds
+from ssl_fast.demo.results import (
+    UNTRAINED,
+    Results,
+    readable_bytes,
+    readable_seconds,
+    readable_share,
+)
 from ssl_fast.demo.scaling import DIM, OURS, PLAIN, Point
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 _COLUMNS = (UNTRAINED, PLAIN, OURS)
 _TITLE_WIDTH, _WIDTH = 44, 13
+_CLUSTER_COLUMNS = ("adj. Rand", "NMI", "inertia", "iterations", "time", "same labels")
+_SPACE_WIDTH, _CLUSTER_WIDTH = 26, 12
 
 
 def render(results: Results) -> str:
-    """The table as text."""
+    """The tables as text."""
     labels = results.labels_per_class * CLASSES
     lines = ["", _row("", dict(zip(_COLUMNS, _COLUMNS, strict=True)))]
     lines.append("-" * len(lines[-1]))
@@ -27,6 +36,7 @@ def render(results: Results) -> str:
     lines.append(_row(f"{NEIGHBOURS} nearest neighbours, same labels", vote))
     final = {side: f"{losses[-1]:.4f}" for side, losses in results.losses.items()}
     lines.append(_row("NT-Xent loss, last epoch", final))
+    lines.extend(_clusters(results))
     large = results.large_batch()
     if large is not None:
         lines.append("")
@@ -35,6 +45,29 @@ def render(results: Results) -> str:
         for side, reason in point.skipped.items():
             lines.append(f"batch {point.batch}: {side} skipped: it {reason}{_other(point)}")
     return "\n".join(lines)
+
+
+def _clusters(results: Results) -> list[str]:
+    images = len(results.clusterings[EMBEDDINGS].labels)
+    title = f"k-means of the {images} train images, {CLASSES} clusters, best of {STARTS} starts"
+    lines = ["", title, _cluster_row("", _CLUSTER_COLUMNS)]
+    lines.append("-" * len(lines[-1]))
+    for space, clustering in results.clusterings.items():
+        for side, fit in clustering.fits.items():
+            cells = (
+                f"{fit.rand:.3f}",
+                f"{fit.information:.3f}",
+                f"{fit.inertia:.2f}",
+                str(fit.iterations),
+                readable_seconds(fit.seconds),
+                "-" if side == OURS else readable_share(clustering.agreement),
+            )
+            lines.append(_cluster_row(f"{space}, {side}", cells))
+    return lines
+
+
+def _cluster_row(title: str, cells: Sequence[str]) -> str:
+    return f"{title:<{_SPACE_WIDTH}}" + "".join(f"{cell:>{_CLUSTER_WIDTH}}" for cell in cells)
 
 
 def _large_batch(point: Point) -> list[str]:
