@@ -37,7 +37,7 @@ def job(case: Case, side_name: str) -> Callable[[], object]:
     warm_up = step if side.compiled else side.step(case.small())
     warm_up()
     gc.collect()
-    _trim()
+    trim()
     return step
 
 
@@ -69,7 +69,7 @@ def _cuda_peak(step: Callable[[], object]) -> int:
     return peak - before
 
 
-def _trim() -> None:
+def trim() -> None:
     """Give the warm-up's freed pages back, or the step would reuse them unseen."""
     try:
         ctypes.CDLL(None).malloc_trim(0)

@@ -24,6 +24,7 @@ from benchmarks import (  # noqa: E402
     ring,
     sides,
     targets,
+    targets_clustering,
     targets_contrastive,
     targets_pair_softmax,
     timing,
@@ -266,6 +267,28 @@ def test_contrastive_targets_run(tmp_path, monkeypatch, capsys):
         # Memory has no figure where the system shows no mark.
         if sides.NATIVE.refuses(INFO_NCE) is None and "memory" not in figure["what"]:
             assert figure["value"] is not None, figure
+
+
+def test_clustering_targets_run(tmp_path, monkeypatch, capsys):
+    for module in (figures, targets_clustering):
+        monkeypatch.setattr(module, "SECONDS_PER_GROUP", 0.01)
+    monkeypatch.setattr(targets_clustering, "PEAK_SECONDS", 1e-3)
+    targets.main(tmp_path, "clustering", scale=64)
+    told = json.loads((tmp_path / "targets_clustering.json").read_text())["figures"]
+    goals = {f["goal"] for f in told if f["goal"] is not None}
+    assert goals == {1.0, 1.3, 1.5, 1.6, 1.8, 2.2, 2.5, 16.0}
+    shown = capsys.readouterr().out
+    for figure in told:
+        assert figure["what"] in shown
+        if "memory" not in figure["what"] and sides.NATIVE.refuses(INFO_NCE) is None:
+            assert figure["value"] is not None, figure
+
+
+def test_a_clustering_that_errs_is_not_timed():
+    calls = {"ssl_fast": lambda: 1.0, "other": lambda: 1.1}
+    times, wrong = targets_clustering.measured(calls, "ssl_fast")
+    assert times == {}
+    assert wrong == "other found 1.1, ssl_fast 1"
 
 
 @pytest.mark.parametrize("workload", ["clip", "info_nce"])
