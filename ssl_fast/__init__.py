@@ -51,3 +51,7 @@ def __getattr__(name: str) -> Any:
     from ssl_fast import cluster
 
     return getattr(cluster, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
