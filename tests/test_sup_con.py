@@ -316,15 +316,31 @@ BAD = [
     ({"temperature": 0}, ValueError, "temperature must be greater than 0; got 0"),
     ({"label_smoothing": -0.1}, ValueError, r"label_smoothing must be in \[0, 1\); got -0.1"),
     ({"decoupled": None}, TypeError, "decoupled must be a bool; got None"),
+    ({"query_ids": Y[:3]}, ValueError, r"query_ids must have shape \(4,\); got \(3,\)"),
+    ({"query_ids": Y.int()}, TypeError, "query_ids must be int64; got torch.int32"),
+    ({"key_ids": Y, "query_ids": Y}, ValueError, "key_ids must be None without ref_emb"),
+    (
+        {"query_ids": Y, "ref_emb": X, "ref_labels": Y},
+        ValueError,
+        "key_ids must be given with query_ids and ref_emb; got None",
+    ),
+    ({"margin": float("inf")}, ValueError, "margin must be a finite number; got inf"),
+    ({"hard_negative_beta": -1}, ValueError, "hard_negative_beta must be 0 or more; got -1"),
     ({"reduction": "max"}, ValueError, "reduction must be one of"),
     ({"backend": "fastest"}, ValueError, "backend must be one of"),
 ]
+
+
+CHOSEN = (
+    "temperature", "label_smoothing", "margin", "decoupled", "hard_negative_beta", "reduction",
+    "backend",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("wrong", "error", "message"), BAD)
 def test_bad_arguments(wrong, error, message):
     with pytest.raises(error, match=message):
         ssl_fast.sup_con(**{"embeddings": X, "labels": Y, **wrong})
-    if next(iter(wrong)) in ("temperature", "label_smoothing", "decoupled", "reduction", "backend"):
+    if next(iter(wrong)) in CHOSEN:
         with pytest.raises(error, match=message):
             ssl_fast.SupConLoss(**wrong)

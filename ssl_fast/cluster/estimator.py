@@ -98,6 +98,7 @@ class Base(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
     callback: Callable[[FitIteration], Any] | None
     backend: str | None
     cluster_centers_: Any
+    fit: Callable[..., Any]  # the estimator's own
 
     def _number(self, name: str, kind: Any, minimum: float) -> None:
         """A parameter of the kind Integral or Real, at least ``minimum``."""
@@ -310,10 +311,6 @@ class Base(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
     def fit_transform(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:  # noqa: ARG002
         """Fit and give the distances of the same rows."""
         return self.fit(X, sample_weight=sample_weight).transform(X)
-
-    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> Any:
-        """The estimator's own."""
-        raise NotImplementedError
 
     def transform(self, X: Any) -> Any:
         """The distance of each row from each center, [N, K] (what this gives is that matrix)."""

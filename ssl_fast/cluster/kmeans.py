@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
+from ssl_fast.cluster.centering import Centered, center
 from ssl_fast.cluster.estimator import WIDE, Base, FitIteration, Rows, is_array
 from ssl_fast.cluster.lloyd import Iteration, KMeansResult, Rules, run
 from ssl_fast.cluster.progress import Progress
@@ -19,46 +20,7 @@ if TYPE_CHECKING:
 
     from ssl_fast.cluster.problem import Problem
 
-__all__ = ["KMeans", "center"]
-
-# A copy up to here is always made; a larger one only where the mean would cost digits.
-_SMALL_BYTES = 16 << 20
-
-
-class Centered(NamedTuple):
-    """Rows less their mean, where that is worth a copy."""
-
-    x: Tensor  # [N, D]
-    mean: Tensor | None  # [D], what was taken from x
-    shift: Tensor | None  # [D], what scikit-learn would have taken
-
-
-def column_means(x: Tensor) -> Tensor:
-    """The mean of the rows [N, D], in the arithmetic of ``numpy.mean`` where that is at hand."""
-    if x.device.type == "cpu":
-        return torch.from_numpy(x.numpy().mean(axis=0))
-    return x.mean(dim=0)
-
-
-def worth_centering(bytes_: int, mean: Tensor, variance: float) -> bool:
-    """Whether distances from the origin would lose digits, or a copy is small.
-
-    scikit-learn always takes the mean from a copy. fp32 products keep their digits where the mean
-    isn't more than twice as long as the rows deviate from it.
-    """
-    if bytes_ <= _SMALL_BYTES:
-        return True
-    return float(mean.double().square().mean()) > 4.0 * variance
-
-
-def center(x: Tensor, variance: float, *, allowed: bool, asked: bool) -> Centered:
-    """Take the mean from a copy of the rows, where that is allowed and needed or ``asked``."""
-    if not allowed:
-        return Centered(x, None, None)
-    mean = column_means(x)
-    if asked or worth_centering(x.numel() * x.element_size(), mean, variance):
-        return Centered(x - mean, mean, None)
-    return Centered(x, None, mean)
+__all__ = ["KMeans"]
 
 
 def same_clustering(a: Tensor, b: Tensor, n_clusters: int) -> bool:
@@ -88,8 +50,7 @@ class KMeans(Base):
             this times the mean variance of the features.
         verbose: show a progress bar (of tqdm where installed, else lines) on stderr.
         random_state: None, an int, or a RandomState. k-means++ makes scikit-learn's draws for up to
-            2**34 multiplications (N D K log K: two seconds or so), for more of them draws of its
-            own, ten times as fast.
+            2**34 multiplications (N D K log K), for more of them draws of its own.
         copy_x: False forgoes the copy of X less its mean, which is made of data up to 16 MiB, and
             of larger data whose mean is more than twice as long as its deviation. X is never
             modified.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ssl_fast.cluster.estimator import Base, FitIteration, Rows, as_tensor, is_array
+from ssl_fast.cluster.lloyd import squared_shift
 from ssl_fast.cluster.progress import Progress
 from ssl_fast.cluster.scikit_init import draws
 
@@ -276,7 +277,7 @@ class MiniBatchKMeans(Base):
                 # Batches are drawn by the weights, which so have had their part.
                 inertia = state.step(x[index.to(x.device)], None, sizes.batch, random_state)
                 inertia /= sizes.batch
-                shift = float((state.centers.double() - before.double()).square_().sum())
+                shift = float(squared_shift(state.centers[None], before[None]))
                 progress.step(step, inertia=inertia, shift=shift)
                 if self.callback is not None:
                     given = rows.give(state.centers.clone())

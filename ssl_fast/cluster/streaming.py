@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_fast.cluster.centering import worth_centering
 from ssl_fast.cluster.empty import Farthest, farthest
 from ssl_fast.cluster.estimator import WIDE, FitIteration, Rows, is_array
 from ssl_fast.cluster.passes import PassIteration, Sums, iterate
@@ -151,8 +152,6 @@ def _first_centers(model: KMeans, batches: _Batches, sample: Tensor, random_stat
 
 def fit_batches(model: KMeans, given: Iterable[Any], starts: int) -> dict[str, Any]:
     """What ``KMeans.fit_batches`` learns."""
-    from ssl_fast.cluster.kmeans import worth_centering
-
     batches = _Batches(model, given)
     random_state = model._random()
     count = 1 if is_array(model.init) else _SAMPLE * model.n_clusters

@@ -35,7 +35,7 @@ class Anchors(NamedTuple):
 
 
 def _mixed(label: Tensor, number: Tensor) -> Tensor:
-    """One number for two: equal pairs agree, others by chance (of 2^31 pairs one in 2^-33)."""
+    """One number for two: equal pairs agree, others by chance (odds of 2^-33 among 2^31 pairs)."""
     number = (number ^ number >> 29) * -4658895280553007687
     found = (label * -7046029254386353131) ^ number ^ number >> 32
     return found.masked_fill(label == IGNORED_ID, IGNORED_ID)
@@ -55,8 +55,8 @@ def kept_sums(
         sums, counts = sums - unit, counts - 1.0
     if anchors.ids is not None:
         shared, number = exchange.class_sums(anchors.ids[0], unit_keys, anchors.ids[1])
-        both = (_mixed(*x) for x in zip(anchors.labels, anchors.ids, strict=True))
-        alike, of_them = exchange.class_sums(next(both), unit_keys, next(both))
+        both, key_both = (_mixed(*x) for x in zip(anchors.labels, anchors.ids, strict=True))
+        alike, of_them = exchange.class_sums(both, unit_keys, key_both)
         sums, counts = sums - (shared - alike), counts - (number - of_them)
     return sums, counts
 

@@ -17,7 +17,20 @@ from ssl_fast import _native
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["address", "check", "gradient", "hold", "id_rule", "ids_of", "rows_of", "run", "vector"]
+__all__ = [
+    "address",
+    "batch_address",
+    "batch_of",
+    "check",
+    "gradient",
+    "hold",
+    "hold_batch",
+    "id_rule",
+    "ids_of",
+    "rows_of",
+    "run",
+    "vector",
+]
 
 # A smaller buffer spans no huge page.
 _HUGE_PAGE = 2 << 20
@@ -76,11 +89,38 @@ def hold(arrays: Mapping[str, tuple[Tensor | None, int | None]]) -> dict[str, Te
 
     A copy must outlive the call: the caller keeps what this returns.
     """
+    return hold_batch(
+        {
+            name: (value, () if length is None else (length,), torch.float32)
+            for name, (value, length) in arrays.items()
+        }
+    )
+
+
+def batch_of(features: Tensor) -> Tensor:
+    """The matrices with contiguous rows; any distance between rows, or matrices, will do."""
+    features = features.resolve_neg()
+    contiguous = features.stride(2) == 1 or features.shape[2] == 1
+    return features if contiguous else features.contiguous()
+
+
+def batch_address(features: Tensor) -> tuple[int, int, int]:
+    """Where the first matrix begins, and the distances between matrices and between rows."""
+    return features.data_ptr(), features.stride(0), features.stride(1)
+
+
+def hold_batch(
+    arrays: Mapping[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]],
+) -> dict[str, Tensor]:
+    """The arrays that are there, contiguous; each beside its shape and dtype.
+
+    A copy must outlive the call: the caller keeps what this returns.
+    """
     held = {}
-    for name, (value, length) in arrays.items():
+    for name, (value, shape, dtype) in arrays.items():
         if value is None:
             continue
-        check(name, value, () if length is None else (length,), torch.float32)
+        check(name, value, shape, dtype)
         held[name] = value.contiguous()
     return held
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ssl_fast import _native
 from ssl_fast.backends.native import DTYPES
-from ssl_fast.backends.native.arrays import check, run
-from ssl_fast.backends.native.nearest import batch_address, batch_of, hold_batch
+from ssl_fast.backends.native.arrays import batch_address, batch_of, check, hold_batch, run
 
 __all__ = ["centroid_update"]
 

@@ -10,37 +10,9 @@ from torch import Tensor
 
 from ssl_fast import _native
 from ssl_fast.backends.native import DTYPES
-from ssl_fast.backends.native.arrays import check, run
+from ssl_fast.backends.native.arrays import batch_address, batch_of, check, hold_batch, run
 
-__all__ = ["batch_address", "batch_of", "hold_batch", "lloyd", "nearest"]
-
-
-def batch_of(features: Tensor) -> Tensor:
-    """The matrices with contiguous rows; any distance between rows, or matrices, will do."""
-    features = features.resolve_neg()
-    contiguous = features.stride(2) == 1 or features.shape[2] == 1
-    return features if contiguous else features.contiguous()
-
-
-def batch_address(features: Tensor) -> tuple[int, int, int]:
-    """Where the first matrix begins, and the distances between matrices and between rows."""
-    return features.data_ptr(), features.stride(0), features.stride(1)
-
-
-def hold_batch(
-    arrays: dict[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]],
-) -> dict[str, Tensor]:
-    """The arrays that are there, contiguous; each beside its shape and dtype.
-
-    A copy must outlive the call: the caller keeps what this returns.
-    """
-    held = {}
-    for name, (value, shape, dtype) in arrays.items():
-        if value is None:
-            continue
-        check(name, value, shape, dtype)
-        held[name] = value.contiguous()
-    return held
+__all__ = ["lloyd", "nearest"]
 
 
 def _assign(
