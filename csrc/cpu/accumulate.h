@@ -27,6 +27,12 @@ inline int64_t rows_in_cache(int64_t k, int64_t d, Dtype dtype) {
 // A member of a team owns at least so many columns, two cache lines of float64 sums; they are
 // added in registers.
 constexpr int64_t COLUMNS = 32;
+// Where there are so many, of which 16 AVX-512 registers hold the sums.
+constexpr int64_t WIDE_COLUMNS = 128;
+
+struct Range {
+    int64_t begin, end;
+};
 
 // The rows of a block by their label, each label's in their order.
 struct RowOrder {
@@ -58,6 +64,17 @@ inline int64_t sort_rows(const Clusters& c, int64_t begin, int64_t count, const 
     return largest;
 }
 
+inline void add_counts(const Clusters& c, int64_t begin, const RowOrder& order,
+                       const Range& clusters) {
+    for (int64_t k = clusters.begin; k < clusters.end; ++k) {
+        const int64_t first = order.begin[k], last = order.begin[k + 1];
+        if (c.weight == nullptr)
+            c.counts[k] += static_cast<double>(last - first);
+        else
+            for (int64_t r = first; r < last; ++r) c.counts[k] += c.weight[begin + order.row[r]];
+    }
+}
+
 typedef double Doubles __attribute__((vector_size(64)));
 typedef float Floats __attribute__((vector_size(32)));
 typedef uint16_t Halves __attribute__((vector_size(16)));
@@ -82,67 +99,74 @@ void add_eight(const char* p, double factor, Doubles& sum) {
     sum += factor * __builtin_convertvector(values, Doubles);
 }
 
-// One cluster's rows into COLUMNS of its columns, or fewer at the end.
-template <Dtype DTYPE>
-void add_rows(const Rows& x, const Clusters& c, int64_t begin, const int32_t* row, int64_t count,
-              int64_t column, int64_t width, double* sums) {
-    constexpr int PARTS = COLUMNS / 8, NEXT = 8;
+// The rows of one cluster after another into `WIDE` of the columns, those of a range of clusters.
+// They lie apart, in a cache that is 100 to 200 cycles away: AHEAD of them are on their way.
+template <Dtype DTYPE, int WIDE>
+void add_rows(const Rows& x, const Clusters& c, int64_t begin, const RowOrder& order,
+              const Range& clusters, int64_t column, int64_t width) {
+    constexpr int PARTS = WIDE / 8, AHEAD = WIDE < 64 ? 24 : 12;
     const int64_t size = DTYPE == Dtype::float32 ? 4 : 2;
-    const auto address = [&](int64_t r) {
-        return static_cast<const char*>(x.data) + ((begin + row[r]) * x.stride + column) * size;
+    const auto address = [&](int64_t i) {
+        return static_cast<const char*>(x.data) + ((begin + i) * x.stride + column) * size;
     };
     const auto factor_of = [&](int64_t i) {
         const double weight = c.weight == nullptr ? 1.0 : c.weight[i];
         return c.x_scale == nullptr ? weight : weight * c.x_scale[i];
     };
-    if (width < COLUMNS) {
-        float buffer[COLUMNS];
-        for (int64_t r = 0; r < count; ++r) {
-            const double factor = factor_of(begin + row[r]);
-            const float* values = widen({address(r), 0}, DTYPE, 0, width, buffer);
-            for (int64_t e = 0; e < width; ++e) sums[e] += factor * values[e];
+    const int32_t* last = order.row + order.begin[clusters.end];
+    for (int64_t k = clusters.begin; k < clusters.end; ++k) {
+        const int32_t* row = order.row + order.begin[k];
+        const int32_t* end = order.row + order.begin[k + 1];
+        if (row == end) continue;
+        double* sums = c.sums + k * c.d + column;
+        if (width < WIDE) {
+            float buffer[WIDE];
+            for (; row < end; ++row) {
+                const double factor = factor_of(begin + *row);
+                const float* values = widen({address(*row), 0}, DTYPE, 0, width, buffer);
+                for (int64_t e = 0; e < width; ++e) sums[e] += factor * values[e];
+            }
+            continue;
         }
-        return;
-    }
-    Doubles sum[PARTS];
-    __builtin_memcpy(sum, sums, sizeof sum);
-    for (int64_t r = 0; r < count; ++r) {
-        const char* p = address(r);
-        if (r + NEXT < count) {
-            const char* next = address(r + NEXT);
-            __builtin_prefetch(next);
-            __builtin_prefetch(next + COLUMNS * size - 1);
+        Doubles sum[PARTS];
+        __builtin_memcpy(sum, sums, sizeof sum);
+        for (; row < end; ++row) {
+            const char* p = address(*row);
+            if (row + AHEAD < last) {
+                const char* next = address(row[AHEAD]);
+#pragma GCC unroll 8
+                for (int line = 0; line < WIDE * size; line += 64) __builtin_prefetch(next + line);
+            }
+            const double factor = factor_of(begin + *row);
+#pragma GCC unroll 16
+            for (int v = 0; v < PARTS; ++v) add_eight<DTYPE>(p + v * 8 * size, factor, sum[v]);
         }
-        const double factor = factor_of(begin + row[r]);
-#pragma GCC unroll 4
-        for (int v = 0; v < PARTS; ++v) add_eight<DTYPE>(p + v * 8 * size, factor, sum[v]);
+        __builtin_memcpy(sums, sum, sizeof sum);
     }
-    __builtin_memcpy(sums, sum, sizeof sum);
 }
 
 // Rows [begin, end) into the sums that this member of the team owns: a range of columns, and where
-// there are fewer ranges than members, every so many-th cluster. Returns the largest label.
+// there are fewer ranges than members, a range of the clusters. Returns the largest label.
 template <Dtype DTYPE>
 int64_t accumulate_as(const Rows& x, const Clusters& c, int64_t begin, int64_t end,
                       const Team& team, const RowOrder& order) {
     const int64_t largest = sort_rows(c, begin, end - begin, order);
     const int64_t ranges = smaller(team.size, ceil_div(c.d, COLUMNS));
-    const int64_t strides = team.size / ranges;
+    const int64_t shares = team.size / ranges;
     const int64_t range = team.rank % ranges, mine = team.rank / ranges;
-    if (mine >= strides) return largest;
+    if (mine >= shares) return largest;
+    const Range clusters{mine * c.k / shares, (mine + 1) * c.k / shares};
+    if (range == 0) add_counts(c, begin, order, clusters);
     const int64_t slices = ceil_div(c.d, COLUMNS);
-    const int64_t first = range * slices / ranges * COLUMNS;
     const int64_t last = smaller((range + 1) * slices / ranges * COLUMNS, c.d);
-    for (int64_t k = mine; k < c.k; k += strides) {
-        const int32_t* row = order.row + order.begin[k];
-        const int64_t count = order.begin[k + 1] - order.begin[k];
-        if (range == 0 && c.weight == nullptr)
-            c.counts[k] += static_cast<double>(count);
-        else if (range == 0)
-            for (int64_t r = 0; r < count; ++r) c.counts[k] += c.weight[begin + row[r]];
-        for (int64_t e = first; count > 0 && e < last; e += COLUMNS)
-            add_rows<DTYPE>(x, c, begin, row, count, e, smaller(COLUMNS, last - e),
-                            c.sums + k * c.d + e);
+    for (int64_t e = range * slices / ranges * COLUMNS; e < last;) {
+        if (last - e >= WIDE_COLUMNS) {
+            add_rows<DTYPE, WIDE_COLUMNS>(x, c, begin, order, clusters, e, WIDE_COLUMNS);
+            e += WIDE_COLUMNS;
+        } else {
+            add_rows<DTYPE, COLUMNS>(x, c, begin, order, clusters, e, smaller(COLUMNS, last - e));
+            e += COLUMNS;
+        }
     }
     return largest;
 }

@@ -43,6 +43,10 @@ struct Centroids {
     double* squares;    // [D]
     float* panel_norm;  // [panel] largest |v|^2, and
     float* panel_prefix;
+    float* rounded;      // [panel][...] of the screen, or null
+    float* reach;        // [K] by which a bound of it exceeds the product, for |u| = 1
+    float* slack;    // [K] what the roundings of 1/2 |v|^2 amount to
+    float* raised;   // [K] 1/2 |v|^2 less the slack
     float norm, prefix;  // of all: what the error of a score is bounded with
 
     float scale_of(int64_t j) const { return given == nullptr ? 1.0f : given[j]; }
@@ -55,7 +59,8 @@ constexpr int64_t panel_floats(int64_t d) {
 
 constexpr int64_t MIN_PANEL = FloatPath::PANEL;
 
-inline void take_centroids(Arena& arena, int64_t k, int64_t d, Centroids& c) {
+inline void take_centroids(Arena& arena, int64_t k, int64_t d, Centroids& c,
+                           bool screened = false) {
     const int64_t panels = ceil_div(k, MIN_PANEL), rows = round_up(k, MIN_PANEL * 4);
     c.k = k;
     c.d = d;
@@ -69,6 +74,10 @@ inline void take_centroids(Arena& arena, int64_t k, int64_t d, Centroids& c) {
     c.squares = arena.take<double>(d);
     c.panel_norm = arena.take<float>(panels);
     c.panel_prefix = arena.take<float>(panels);
+    c.rounded = screened ? arena.take<float>(rows * round_up(d, 32) / 2) : nullptr;
+    c.reach = arena.take<float>(screened ? rows : 0);
+    c.slack = arena.take<float>(screened ? rows : 0);
+    c.raised = arena.take<float>(screened ? rows : 0);
 }
 
 // Sums over the centroids of the columns that this member of a team takes. What is not finite is
@@ -137,6 +146,19 @@ inline void write_anchor(Centroids& c, const Team& team) {
         c.anchor[e] = static_cast<float>(c.column[e] / static_cast<double>(c.k));
 }
 
+// Centroid k scaled and, where there is one, without the anchor.
+inline void centroid_values(const Centroids& c, Dtype dtype, int64_t k, float* buffer,
+                            float* values) {
+    const float* row = widen(c.rows, dtype, k, c.d, buffer);
+    const float scale = c.scale_of(k);
+    if (c.anchored) {
+        for (int64_t e = 0; e < c.d; ++e)
+            values[e] = static_cast<float>(static_cast<double>(scale) * row[e] - c.anchor[e]);
+    } else {
+        for (int64_t e = 0; e < c.d; ++e) values[e] = scale * row[e];
+    }
+}
+
 // `buffer` and `values` hold round_up(d, 64) floats each.
 template <class Path>
 void pack_panel(Centroids& c, Dtype dtype, int64_t panel, float* buffer, float* values) {
@@ -146,20 +168,14 @@ void pack_panel(Centroids& c, Dtype dtype, int64_t panel, float* buffer, float* 
     for (int64_t r = 0; r < Path::PANEL; ++r) {
         const int64_t k = first + r;
         const bool exists = k < c.k;
-        const float scale = exists ? c.scale_of(k) : 0.0f;
-        const float* row = exists ? widen(c.rows, dtype, k, d, buffer) : nullptr;
-        if (!exists) {
+        if (exists)
+            centroid_values(c, dtype, k, buffer, values);
+        else
             __builtin_memset(values, 0, d * sizeof(float));
-        } else if (c.anchored) {
-            for (int64_t e = 0; e < d; ++e)
-                values[e] = static_cast<float>(static_cast<double>(scale) * row[e] - c.anchor[e]);
-        } else {
-            for (int64_t e = 0; e < d; ++e) values[e] = scale * row[e];
-        }
         const Norms n = norms_of(values, d);
         const float half = static_cast<float>(0.5 * n.square);
         c.half[k] = half;
-        c.scale[k] = scale;
+        c.scale[k] = exists ? c.scale_of(k) : 0.0f;
         c.index[k] = bits_to_float(static_cast<uint32_t>(k));
         // One that is not finite, or whose norm overflows, does not bound the others' errors.
         if (half - half == 0.0f) {
@@ -226,18 +242,24 @@ inline void pack_centroids(Centroids& c, Dtype dtype, Team* team, float* buffer,
     bound_norms<FloatPath>(c);
 }
 
+#if defined(__AVX512BF16__)
+inline void bf16_panel(const float* packed, int rows, int64_t d, const float* queries, float* out) {
+#if defined(__AMX_BF16__)
+    rows = Bf16Path::PANEL;
+#endif
+    bf16_product<16, false>({packed, Bf16Path::PANEL * 16, queries, 16 * LANES,
+                             static_cast<int>(round_up(d, 32) / 32), 0},
+                            16, rows, out, LANES);
+}
+#endif
+
 // T [rows][LANES] of one panel: u.v, without the scales in bfloat16.
 template <class Path>
 void panel_products(const Centroids& c, int64_t panel, int rows, const float* queries, float* out) {
     const float* packed = c.packed + panel * panel_floats<Path>(c.d);
     if constexpr (Path::BF16) {
-#if defined(__AMX_BF16__)
-        rows = Path::PANEL;
-#endif
 #if defined(__AVX512BF16__)
-        bf16_product<16, false>({packed, Path::PANEL * 16, queries, 16 * LANES,
-                                 static_cast<int>(round_up(c.d, 32) / 32), 0},
-                                16, rows, out, LANES);
+        bf16_panel(packed, rows, c.d, queries, out);
 #endif
     } else {
         for (int64_t k = 0; k < c.d; k += Path::DEPTH) {

@@ -13,7 +13,7 @@ class NearestRun {
         : c_(call), alone_(one_thread_each(call.b, call.threads)), rows_(call) {
         Arena arena(c_.workspace);
         counter_ = arena.take<int64_t>(1);
-        if (!alone_) take_centroids(arena, c_.k, c_.d, centroids_);
+        if (!alone_) take_centroids(arena, c_.k, c_.d, centroids_, screens(c_.k, c_.d));
         const std::size_t shared = arena.used();
         for (int r = 0; r <= rank; ++r) take_own(arena);
         bytes_ = shared + (arena.used() - shared) / (rank + 1) * c_.threads;
@@ -40,7 +40,7 @@ class NearestRun {
 
   private:
     void take_own(Arena& arena) {
-        if (alone_) take_centroids(arena, c_.k, c_.d, centroids_);
+        if (alone_) take_centroids(arena, c_.k, c_.d, centroids_, screens(c_.k, c_.d));
         rows_.take(arena);
         buffer_ = arena.take<float>(round_up(c_.d, 64));
         values_ = arena.take<float>(round_up(c_.d, 64));
@@ -69,7 +69,13 @@ class NearestRun {
             blocks<Bf16Path>(b, length, team, tickets, base);
         } else
 #endif
+        {
+#if defined(__AVX512BF16__)
+            if (centroids_.rounded != nullptr)
+                pack_screen(centroids_, c_.dtype, team, buffer_, values_);
+#endif
             blocks<FloatPath>(b, length, team, tickets, base);
+        }
         // The next problem's centroids take the place of these.
         team_barrier(team);
     }

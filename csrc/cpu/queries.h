@@ -129,19 +129,25 @@ inline void finish_bf16(const Centroids& c, Queries& q) {
 }
 #endif
 
+// The rows as they are, and their scales.
+template <class Path>
+void load_queries(const Rows& x, Dtype dtype, const float* x_scale, const Selection& rows,
+                  int64_t d, float* staged, float* packed, float* scale) {
+    for (int lane = 0; lane < LANES; ++lane)
+        scale[lane] = x_scale != nullptr && lane < rows.count ? x_scale[rows[lane]] : 1.0f;
+    int64_t direct = 0;
+    if (dtype == Dtype::float32 && rows.ids == nullptr && rows.count == LANES) {
+        direct = d / WIDTH * WIDTH;
+        transpose_rows(reinterpret_cast<const float*>(row_at(x, dtype, rows.first)), x.stride,
+                       direct, packed);
+    }
+    stage_columns<Path>(x, dtype, rows, d, direct, Path::depth(d), staged, packed);
+}
+
 template <class Path>
 void pack_queries(const Rows& x, Dtype dtype, const float* x_scale, const Selection& rows,
                   const Centroids& c, float* staged, Queries& q) {
-    for (int lane = 0; lane < LANES; ++lane)
-        q.scale[lane] = x_scale != nullptr && lane < rows.count ? x_scale[rows[lane]] : 1.0f;
-    const int64_t depth = Path::depth(c.d);
-    int64_t direct = 0;
-    if (dtype == Dtype::float32 && rows.ids == nullptr && rows.count == LANES) {
-        direct = c.d / WIDTH * WIDTH;
-        transpose_rows(reinterpret_cast<const float*>(row_at(x, dtype, rows.first)), x.stride,
-                       direct, q.packed);
-    }
-    stage_columns<Path>(x, dtype, rows, c.d, direct, depth, staged, q.packed);
+    load_queries<Path>(x, dtype, x_scale, rows, c.d, staged, q.packed, q.scale);
     if constexpr (Path::BF16) {
 #if defined(__AVX512BF16__)
         finish_bf16(c, q);
