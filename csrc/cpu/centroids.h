@@ -45,8 +45,8 @@ struct Centroids {
     float* panel_prefix;
     float* rounded;      // [panel][...] of the screen, or null
     float* reach;        // [K] by which a bound of it exceeds the product, for |u| = 1
-    float* slack;    // [K] what the roundings of 1/2 |v|^2 amount to
-    float* raised;   // [K] 1/2 |v|^2 less the slack
+    float* slack;        // [K] what the roundings of 1/2 |v|^2 amount to
+    float* raised;       // [K] 1/2 |v|^2 less the slack
     float norm, prefix;  // of all: what the error of a score is bounded with
 
     float scale_of(int64_t j) const { return given == nullptr ? 1.0f : given[j]; }
