@@ -77,10 +77,10 @@ Prepared<Mae> mae(int dtype, int target_dtype, std::int64_t b, std::int64_t l, s
     arrays.finish();
     if (b * l > 0) require(call.mask, "mask");
     require(call.scale, "scale");
-    if (call.grad_pred == nullptr)
+    if (call.weight == nullptr)
         require(call.loss, "loss");
-    else
-        require(call.weight, "weight");
+    else if (b * l > 0)
+        require(call.grad_pred, "grad_pred");
     return {call, active_isa().mae};
 }
 

@@ -281,7 +281,7 @@ std::size_t workspace_bytes(const Mae& call) {
 
 void run(const Mae& call, Team* team) {
     Patches patches(call, team->rank);
-    if (call.grad_pred != nullptr)
+    if (call.weight != nullptr)
         patches.backward(team);
     else
         patches.forward(team);

@@ -4,7 +4,8 @@ A backend is a package ``ssl_fast.backends.<name>`` that has a module per op and
 ``__init__``, ``refuses(op, device_type, dtype, shape)``, which gives the reason why it can't serve
 such a call, or None. ``op`` is the op's one name ("pair_softmax"; its gradient and its fused losses
 go by the same name, and so does "nearest" with its Lloyd step) and ``shape`` the sizes of the
-sweep, (N, M, D), of one problem where there is a batch of them; for "top_k" (k, N, M, D). Ops that multiply nothing give what they count.
+sweep, (N, M, D), of one problem where there is a batch of them; for "top_k" (k, N, M, D). Ops that
+walk over numbers give (1,).
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ def _run(
     norm_pix_loss: bool,
     arrays: dict[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]],
 ) -> None:
-    b, l, p = pred.shape
-    check("pred", pred, (b, l, p), pred.dtype)
+    b, count, p = pred.shape
+    check("pred", pred, (b, count, p), pred.dtype)
     check("target", target, tuple(target.shape), target.dtype)
     # Contiguous copies must outlive the call: they are held by these names.
     pred = batch_of(pred)
@@ -52,13 +52,13 @@ def _run(
     else:
         target = batch_of(target)
         where = batch_address(target)
-    held = hold_batch({"mask": (mask, (b, l), torch.float32), **arrays})
+    held = hold_batch({"mask": (mask, (b, count), torch.float32), **arrays})
     run(
         _native.mae(
             DTYPES[pred.dtype],
             DTYPES[target.dtype],
             b,
-            l,
+            count,
             p,
             batch_address(pred),
             where,
