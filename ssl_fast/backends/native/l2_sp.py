@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ssl_fast import _native
+from ssl_fast.backends.dense import matched, places_of, put_back
 from ssl_fast.backends.native import DTYPES
 from ssl_fast.backends.native.arrays import run, threads_for
 
@@ -20,16 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["l2_sp", "l2_sp_accumulate", "l2_sp_backward"]
 
 _HUGE_PAGE = 2 << 20
-
-
-def _dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory, in whatever order of the dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _run(
@@ -59,29 +50,10 @@ def _run(
     run(_native.l2_sp(DTYPES[dtype], len(sizes), weight, add, threads, arrays))
 
 
-def _matched(
-    parameters: Sequence[Tensor], anchors: Sequence[Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Both with the same strides, copied where they aren't."""
-    left, right = [], []
-    for parameter, anchor in zip(parameters, anchors, strict=True):
-        if parameter.is_neg() or anchor.is_neg():
-            pair = parameter.resolve_neg().contiguous(), anchor.resolve_neg().contiguous()
-        elif (parameter.is_contiguous() and anchor.is_contiguous()) or (
-            parameter.stride() == anchor.stride() and _dense(parameter)
-        ):
-            pair = parameter, anchor
-        else:
-            pair = parameter.contiguous(), anchor.contiguous()
-        left.append(pair[0])
-        right.append(pair[1])
-    return left, right
-
-
 def l2_sp(parameters: Sequence[Tensor], anchors: Sequence[Tensor], weight: float) -> Tensor:
     """The value, from one read of all tensors."""
     value = torch.empty((), dtype=torch.float32)
-    left, right = _matched(parameters, anchors)
+    left, right = matched(parameters, anchors)
     _run(left, right, None, weight, value=value)
     return value
 
@@ -103,7 +75,7 @@ def l2_sp_backward(
     chosen = [i for i, need in enumerate(needed) if need]
     results = [parameters[0].new_empty(0) for _ in needed]
     if chosen:
-        left, right = _matched([parameters[i] for i in chosen], [anchors[i] for i in chosen])
+        left, right = matched([parameters[i] for i in chosen], [anchors[i] for i in chosen])
         grads = [torch.empty_like(x) for x in left]
         for grad in grads:
             _advise(grad)
@@ -126,29 +98,8 @@ def l2_sp_accumulate(
         for grad in grads:
             if grad is not None:
                 _advise(grad)
-    left, right = _matched(parameters, anchors)
-    # A gradient that lies otherwise in memory, or is a negative view, is made in a buffer.
-    places: list[Tensor | None] = []
-    for parameter, grad in zip(left, grads, strict=True):
-        if grad is None or (
-            not grad.is_neg()
-            and (
-                (grad.is_contiguous() and parameter.is_contiguous())
-                or grad.stride() == parameter.stride()
-            )
-        ):
-            places.append(grad)
-            continue
-        buffer = torch.empty_like(parameter)
-        places.append(buffer.copy_(grad) if add else buffer)
+    left, right = matched(parameters, anchors)
+    places = places_of(grads, left, add)
     _run(left, right, places, weight, add=add, value=value)
-    written = []
-    for grad, place in zip(grads, places, strict=True):
-        if grad is None or place is None:
-            continue
-        if place is not grad:
-            grad.copy_(place)
-        elif not grad.is_inference():
-            written.append(grad)
-    torch.autograd.graph.increment_version(written)
+    put_back(grads, places)
     return value
