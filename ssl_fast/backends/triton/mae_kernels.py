@@ -15,9 +15,9 @@ def _offsets(
     if IMAGES:
         pixel = elements // channels
         return (
-            (elements % channels) * channel_stride.to(tl.int64)
-            + (pixel // patch_columns) * row_stride.to(tl.int64)
-            + (pixel % patch_columns) * column_stride.to(tl.int64)
+            (elements % channels).to(tl.int64) * channel_stride
+            + (pixel // patch_columns).to(tl.int64) * row_stride
+            + (pixel % patch_columns).to(tl.int64) * column_stride
         )
     return elements.to(tl.int64)
 
