@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 import test_kl_divergence as of_kl
 import test_l2_sp as of_l2_sp
 import test_mae as of_mae
+import test_mae_autograd as of_autograd
 
 import ssl_fast
 
@@ -50,7 +51,7 @@ def test_mae_at_its_edges():
     of_mae.test_constant_patches("triton")
     of_mae.test_one_element_has_no_variance("triton")
     of_mae.test_weights_of_patches("triton")
-    of_mae.test_gradients_reach_only_what_asks("triton", (True, True))
+    of_autograd.test_gradients_reach_only_what_asks("triton", (True, True))
     for value in (torch.nan, torch.inf):
         of_mae.test_not_finite_values_propagate("triton", value, 0)
         of_mae.test_not_finite_values_propagate("triton", value, 1)
