@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed.tensor
 from conftest import thread_counts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -312,6 +313,23 @@ def test_bad_arguments(parameters, anchors, options, error, message):
     with pytest.raises(error, match=message):
         ssl_fast.l2_sp(parameters, anchors, **options)
     assert P.grad is None
+
+
+def test_sharded_parameters_are_refused():
+    """Their address is not that of their elements; of shards the value is a rank's share."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        placed = dist.tensor.distribute_tensor(torch.randn(4), mesh, [dist.tensor.Shard(0)])
+        placed.requires_grad_()
+        for accumulate in (False, True):
+            with pytest.raises(TypeError, match=r"parameters\[0\].*DTensor: pass its to_local"):
+                ssl_fast.l2_sp([placed], [torch.zeros(4)], accumulate=accumulate)
+        ssl_fast.l2_sp([placed.to_local()], [torch.zeros(4)], 2.0).backward()
+        torch.testing.assert_close(placed.grad.to_local(), 2.0 * placed.detach().to_local())
+    finally:
+        dist.destroy_process_group()
 
 
 def test_bad_arguments_of_the_operator(backend):

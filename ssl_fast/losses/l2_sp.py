@@ -30,6 +30,11 @@ def _tensors(name: str, values: Any) -> list[Tensor]:
     for place, value in enumerate(found):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name}[{place}] must be a tensor; got {describe(value)}")
+        if hasattr(value, "to_local"):
+            raise TypeError(
+                f"{name}[{place}] must be a tensor of this process; got a DTensor: pass its "
+                "to_local(), whose penalty is that of this rank's shards"
+            )
         if value.dtype not in DTYPES or value.layout is not torch.strided:
             raise TypeError(
                 f"{name}[{place}] must be a dense tensor of float32, bfloat16, float16 or "
@@ -154,7 +159,7 @@ def l2_sp(
         The penalty, fp32 (float64 where a parameter is), of all parameters, frozen ones included.
 
     Raises:
-        TypeError: what isn't a tensor, dtypes that differ, a weight that isn't a number.
+        TypeError: what is no tensor, or a DTensor, dtypes that differ, a weight that is no number.
         ValueError: shapes, counts or devices that differ, no parameters, a negative weight; with
             ``accumulate`` a parameter that is not a leaf or is given twice.
         RuntimeError: ``backend`` can't serve this call.
