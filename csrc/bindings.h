@@ -88,5 +88,7 @@ void bind_prepared(py::module_& module, const char* name) {
 
 // The ops of bindings_clustering.cpp.
 void bind_clustering(py::module_& module);
+// The ops of bindings_mae.cpp.
+void bind_mae(py::module_& module);
 
 }  // namespace ssl_fast

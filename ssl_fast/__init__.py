@@ -8,6 +8,8 @@ from ssl_fast.grad_cache import cached_step
 from ssl_fast.losses.clip import ClipLoss, clip_loss
 from ssl_fast.losses.contrastive import ContrastiveStats
 from ssl_fast.losses.info_nce import InfoNCE, info_nce
+from ssl_fast.losses.l2_sp import l2_sp
+from ssl_fast.losses.mae import MAELoss, mae_loss
 from ssl_fast.losses.memory_bank import MemoryBank
 from ssl_fast.losses.nt_xent import NTXentLoss, nt_xent
 from ssl_fast.losses.siglip import SigLipLoss, siglip_loss
@@ -22,6 +24,7 @@ __all__ = [
     "InfoNCE",
     "KMeans",
     "KMeansResult",
+    "MAELoss",
     "MemoryBank",
     "MiniBatchKMeans",
     "NTXentLoss",
@@ -35,6 +38,8 @@ __all__ = [
     "kmeans_assign",
     "kmeans_update",
     "knn",
+    "l2_sp",
+    "mae_loss",
     "nt_xent",
     "show_config",
     "siglip_loss",

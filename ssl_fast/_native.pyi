@@ -33,6 +33,18 @@ class TopK:
     def workspace_bytes(self) -> int: ...
     def run(self, workspace: int) -> None: ...
 
+class Mae:
+    def workspace_bytes(self) -> int: ...
+    def run(self, workspace: int) -> None: ...
+
+class KlDivergence:
+    def workspace_bytes(self) -> int: ...
+    def run(self, workspace: int) -> None: ...
+
+class L2Sp:
+    def workspace_bytes(self) -> int: ...
+    def run(self, workspace: int) -> None: ...
+
 def pair_softmax(
     kind: str,
     dtype: int,
@@ -110,6 +122,35 @@ def top_k(
     arrays: dict[str, int],
     /,
 ) -> TopK: ...
+def mae(
+    dtype: int,
+    target_dtype: int,
+    b: int,
+    l: int,
+    p: int,
+    pred: _Batch,
+    target: tuple[int, ...],
+    normalize: bool,
+    threads: int,
+    arrays: dict[str, int],
+    /,
+) -> Mae: ...
+def kl_divergence(
+    dtype: int,
+    n: int,
+    threads: int,
+    arrays: dict[str, int],
+    /,
+) -> KlDivergence: ...
+def l2_sp(
+    dtype: int,
+    count: int,
+    weight: float,
+    add: bool,
+    threads: int,
+    arrays: dict[str, int],
+    /,
+) -> L2Sp: ...
 def compiled_isas() -> list[str]: ...
 def available_isas() -> list[str]: ...
 def active_isa() -> str: ...

@@ -277,13 +277,6 @@ def source(kernel: Any, constants: dict[str, Any], case: Case) -> Any:
 
 
 def compile_case(case: Case) -> dict[str, Any]:
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    cuda = case.target.startswith("sm_")
-    target = (
-        GPUTarget("cuda", int(case.target[3:]), 32) if cuda else GPUTarget("hip", case.target, 64)
-    )
     if case.op in FLAGS:
         kernel, constants, options = pair_kernel(case)
     elif case.op in SEARCHES:
@@ -292,11 +285,20 @@ def compile_case(case: Case) -> dict[str, Any]:
         kernel, constants, options = row_kernel(case)
     else:
         kernel, constants, options = small_kernel(case)
+    return report(source(kernel, constants, case), case.target, options)
+
+
+def report(compilable: Any, target: str, options: dict[str, int]) -> dict[str, Any]:
+    """What the assembler says of a kernel on a target, sm_xx or gfxxxx."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    cuda = target.startswith("sm_")
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         compiled = triton.compile(
-            source(kernel, constants, case),
-            target=target,
+            compilable,
+            target=GPUTarget("cuda", int(target[3:]), 32) if cuda else GPUTarget("hip", target, 64),
             options={**options, "enable_fp_fusion": True},
         )
     result: dict[str, Any] = {"shared": compiled.metadata.shared}

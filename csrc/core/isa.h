@@ -5,6 +5,9 @@
 #include <vector>
 
 #include "core/clustering.h"
+#include "core/kl_divergence.h"
+#include "core/l2_sp.h"
+#include "core/mae.h"
 #include "core/pair_sigmoid.h"
 #include "core/pair_softmax.h"
 
@@ -28,6 +31,9 @@ struct Isa {
     const Kernels<Nearest>* nearest;
     const Kernels<CentroidUpdate>* centroid_update;
     const Kernels<TopK>* top_k;
+    const Kernels<Mae>* mae;
+    const Kernels<KlDivergence>* kl_divergence;
+    const Kernels<L2Sp>* l2_sp;
     const PeakKernels* peak;
 };
 

@@ -4,7 +4,8 @@ A backend is a package ``ssl_fast.backends.<name>`` that has a module per op and
 ``__init__``, ``refuses(op, device_type, dtype, shape)``, which gives the reason why it can't serve
 such a call, or None. ``op`` is the op's one name ("pair_softmax"; its gradient and its fused losses
 go by the same name, and so does "nearest" with its Lloyd step) and ``shape`` the sizes of the
-sweep, (N, M, D), of one problem where there is a batch of them; for "top_k" (k, N, M, D).
+sweep, (N, M, D), of one problem where there is a batch of them; for "top_k" (k, N, M, D). Ops that
+walk over numbers give (1,).
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKENDS", "OPS", "PRIORITY", "Choice", "load", "package", "resolve", "select"]
 
-OPS = ("pair_softmax", "pair_sigmoid", "nearest", "centroid_update", "top_k")
+OPS = (
+    "pair_softmax",
+    "pair_sigmoid",
+    "nearest",
+    "centroid_update",
+    "top_k",
+    "mae",
+    "kl_divergence",
+    "l2_sp",
+)
 BACKENDS = ("reference", "native", "triton")
 # The first that doesn't refuse serves. The reference refuses nothing, so it ends every list.
 PRIORITY: dict[str, tuple[str, ...]] = {

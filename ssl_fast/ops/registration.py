@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "autocast_is_on",
+    "elementwise",
     "empty_like",
     "empty_rows",
     "first_derivative_only",
@@ -93,6 +94,22 @@ def implementation(
         # Autocast is still on in here and would lower the reference's products.
         with without_autocast(device_type):
             return function(*arguments, **rules)
+
+    return run
+
+
+def elementwise(name: str, op: str, check: Callable[..., None]) -> Callable[..., Any]:
+    """The operator ``name`` of an ``op`` that goes over numbers, whatever their arrangement.
+
+    The first argument, or the first tensor in it, has the device and the dtype. No backend refuses
+    a call for its sizes.
+    """
+
+    def run(*arguments: Any, backend: str = "") -> Any:
+        check(*arguments)
+        first = arguments[0] if isinstance(arguments[0], Tensor) else arguments[0][0]
+        function = dispatch.select(op, first.device.type, first.dtype, (1,), backend)
+        return getattr(function, name)(*arguments)
 
     return run
 

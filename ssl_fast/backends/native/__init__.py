@@ -16,7 +16,16 @@ else:
 __all__ = ["DTYPES", "refuses"]
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-OPS = ("pair_softmax", "pair_sigmoid", "nearest", "centroid_update", "top_k")
+OPS = (
+    "pair_softmax",
+    "pair_sigmoid",
+    "nearest",
+    "centroid_update",
+    "top_k",
+    "mae",
+    "kl_divergence",
+    "l2_sp",
+)
 
 
 def refuses(op: str, device_type: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:

@@ -29,6 +29,7 @@ __all__ = [
     "ids_of",
     "rows_of",
     "run",
+    "threads_for",
     "vector",
 ]
 
@@ -136,6 +137,11 @@ def gradient(features: Tensor, needed: bool, dtype: torch.dtype | None = None) -
     if room.nbytes >= _HUGE_PAGE:
         _native.advise_huge_pages(room.data_ptr(), room.nbytes)
     return room
+
+
+def threads_for(elements: int) -> int:
+    """Threads for a pass over so many elements: waking another one takes as long as 32768 do."""
+    return 1 if elements < 1 << 15 else torch.get_num_threads()
 
 
 def run(prepared: Any) -> None:

@@ -9,7 +9,16 @@ import torch
 MOST_ROWS = 2**30
 # top_k holds a row's neighbours in registers.
 MOST_NEIGHBOURS = 64
-OPS = ("pair_softmax", "pair_sigmoid", "nearest", "centroid_update", "top_k")
+OPS = (
+    "pair_softmax",
+    "pair_sigmoid",
+    "nearest",
+    "centroid_update",
+    "top_k",
+    "mae",
+    "kl_divergence",
+    "l2_sp",
+)
 
 
 def refuses(op: str, device_type: str, dtype: torch.dtype, shape: tuple[int, ...]) -> str | None:

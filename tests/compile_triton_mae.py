@@ -1,0 +1,118 @@
+"""Compiles the kernels of mae, kl_divergence and l2_sp ahead of time.
+
+`python compile_triton_mae.py` prints a JSON object, as compile_triton_kernels.py does.
+test_triton_mae.py runs it in a process without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import tempfile
+from typing import Any, NamedTuple
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+class PassCase(NamedTuple):
+    """A kernel, its flags, the dtype of what it reads and a target."""
+
+    kernel: str
+    flags: tuple[tuple[str, bool], ...]
+    dtype: str
+    target: str
+    # sizes and strides are 1, which Triton takes for a constant
+    ones: bool = False
+
+    @property
+    def name(self) -> str:
+        on = (flag.lower() for flag, value in self.flags if value)
+        end = ("ones",) if self.ones else ()
+        return "-".join((self.kernel, *on, self.dtype, self.target, *end))
+
+
+def _flags(*names: str) -> list[tuple[tuple[str, bool], ...]]:
+    values = itertools.product((False, True), repeat=len(names))
+    return [tuple(zip(names, some, strict=True)) for some in values]
+
+
+FLAGS = {
+    "loss": _flags("IMAGES", "NORMALIZE"),
+    "gradient": _flags("IMAGES", "NORMALIZE"),
+    "divergence": _flags("HAS_GRAD"),
+    "distance": _flags("HAS_GRAD", "ADD"),
+}
+
+
+def pass_cases() -> list[PassCase]:
+    """Everything in bf16 on sm_90, and with all flags in every dtype and on every target."""
+    found = []
+    for kernel, flags in FLAGS.items():
+        found += [PassCase(kernel, some, "bf16", "sm_90") for some in flags[:-1]]
+        pairs = itertools.product(("fp32", "bf16", "fp16"), TARGETS)
+        found += [PassCase(kernel, flags[-1], *pair) for pair in pairs]
+        found += [PassCase(kernel, some, "bf16", "sm_90", True) for some in (flags[0], flags[-1])]
+    return found
+
+
+def source_of(case: PassCase) -> Any:
+    """The kernel with the types its launch gives it: aligned pointers, sizes divisible by 16."""
+    from triton.compiler import ASTSource
+
+    from ssl_fast.backends.triton import (
+        kl_divergence,
+        kl_divergence_kernels,
+        l2_sp,
+        l2_sp_kernels,
+        mae,
+        mae_kernels,
+    )
+
+    modules = {
+        "loss": (mae_kernels, mae.MOST_ELEMENTS),
+        "gradient": (mae_kernels, mae.MOST_ELEMENTS),
+        "divergence": (kl_divergence_kernels, kl_divergence.BLOCK),
+        "distance": (l2_sp_kernels, l2_sp.BLOCK),
+    }
+    module, block = modules[case.kernel]
+    kernel = getattr(module, f"{case.kernel}_kernel")
+    constants: dict[str, Any] = {**dict(case.flags), "BLOCK": block}
+    features = ("pred", "target", "gradient", "mu", "logvar", "like")
+    pointers = ("weights", "losses", "factor", "sums", "grad_logvar", "step")
+    tables = ("table", "tensors", "blocks")
+    if case.ones:
+        others = (*features, *pointers, *tables, "degrees", *constants)
+        constants |= dict.fromkeys((x for x in kernel.arg_names if x not in others), 1)
+    signature, attributes = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name == "degrees":
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if name in features:
+                signature[name] = f"*{case.dtype}"
+            elif name in pointers:
+                signature[name] = "*fp32"
+            elif name in tables:
+                signature[name] = "*i64"
+            if name not in ("channels", "patch_rows", "patch_columns", "grid_columns"):
+                attributes[place,] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def main() -> None:
+    from compile_triton_kernels import report
+
+    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
+    # a kernel that was compiled before would have no log
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        reports = {c.name: report(source_of(c), c.target, {}) for c in pass_cases()}
+        print(json.dumps(reports))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""The kernels of mae, kl_divergence and l2_sp compiled for cards, and run on one where it is here.
+
+The interpreter's checks are in interpreted_mae.py, which test_triton_pair_softmax.py runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import test_kl_divergence as of_kl
+import test_l2_sp as of_l2_sp
+import test_mae as of_mae
+import torch
+from compile_triton_mae import pass_cases
+
+import ssl_fast
+from ssl_fast.backends import triton
+
+HERE = Path(__file__).parent
+CASES = pass_cases()
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Every case's report, compiled once, in a process where Triton doesn't interpret."""
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    # the package that this process tests, wherever it was found
+    environment["PYTHONPATH"] = str(Path(ssl_fast.__file__).parents[1])
+    run = subprocess.run(
+        [sys.executable, str(HERE / "compile_triton_mae.py")],
+        cwd=HERE.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_compiles_clean(compiled, case):
+    report = compiled[case.name]
+    assert report["spilled"] == 0, report
+    assert report["shared"] <= 4096, report
+    assert report["registers"] <= 128, report
+
+
+def test_refuses_with_a_reason(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for op in ("mae", "kl_divergence", "l2_sp"):
+        assert "not float64" in triton.refuses(op, "cuda", torch.float64, (1,))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("shape", [(3, 9, 33), (8, 196, 768), (2, 3, 5000)], ids=str)
+def test_on_a_card(shape, dtype):
+    """The compiled kernels against the formulas in float64."""
+    if triton.refuses("mae", "cuda", dtype, (1,)):
+        pytest.skip("this GPU is refused")
+    inputs = of_mae.inputs_of(shape, dtype)
+    found = of_mae.value_and_grad(*(x.cuda() for x in inputs), backend="triton")
+    of_mae.assert_agrees([x.cpu() for x in found], of_mae.exact_of(*inputs), dtype)
+    inputs = of_kl.inputs_of(shape, dtype)
+    found = of_kl.value_and_grads(*(x.cuda() for x in inputs), backend="triton")
+    of_kl.assert_agrees([x.cpu() for x in found], of_kl.exact_of(*inputs), dtype)
+    parameters, anchors = of_l2_sp.tensors_of([shape, *of_l2_sp.SHAPES], dtype)
+    exact = of_l2_sp.exact_of(parameters, anchors)
+    leaves = [p.detach().cuda().requires_grad_() for p in parameters]
+    away = [a.cuda() for a in anchors]
+    value = ssl_fast.l2_sp(leaves, away, of_l2_sp.WEIGHT, backend="triton")
+    grads = torch.autograd.grad(value, leaves)
+    of_l2_sp.assert_agrees(value.cpu(), [x.cpu() for x in grads], exact)
+    value = ssl_fast.l2_sp(leaves, away, of_l2_sp.WEIGHT, accumulate=True, backend="triton")
+    of_l2_sp.assert_agrees(value.cpu(), [p.grad.cpu() for p in leaves], exact)
