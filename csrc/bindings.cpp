@@ -54,11 +54,8 @@ void check_sizes(std::int64_t n, std::int64_t m, std::int64_t d, int dtype, int 
         throw std::invalid_argument("sizes must be n >= 0, m >= 0 and d >= 1, got " +
                                     std::to_string(n) + ", " + std::to_string(m) + " and " +
                                     std::to_string(d));
-    if (dtype < 0 || dtype > 2)
-        throw std::invalid_argument("dtype must be 0 (float32), 1 (bfloat16) or 2 (float16), got " +
-                                    std::to_string(dtype));
-    if (threads < 1)
-        throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
+    check_dtype(dtype);
+    check_threads(threads);
 }
 
 Pass pass_of(const std::string& name) {
@@ -185,8 +182,7 @@ double fma_peak(const std::string& kind, int threads, double seconds) {
     const PeakKernels& kernels = *active_isa().peak;
     if (kind != "fp32" && kind != "bf16")
         throw std::invalid_argument("kind must be fp32 or bf16, got '" + kind + "'");
-    if (threads < 1)
-        throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
+    check_threads(threads);
     // Without bfloat16 products the operands are widened, so the fp32 peak is the ceiling.
     const auto loop = kind == "bf16" && kernels.bf16 != nullptr ? kernels.bf16 : kernels.fp32;
     py::gil_scoped_release release;

@@ -20,6 +20,21 @@ T* pointer(const py::object& address) {
     return address.is_none() ? nullptr : reinterpret_cast<T*>(address.cast<std::uintptr_t>());
 }
 
+inline void check_dtype(int dtype, const char* name = "dtype") {
+    if (dtype < 0 || dtype > 2)
+        throw std::invalid_argument(std::string(name) +
+                                    " must be 0 (float32), 1 (bfloat16) or 2 (float16), got " +
+                                    std::to_string(dtype));
+}
+inline void check_threads(int threads) {
+    if (threads < 1)
+        throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
+}
+// A pointer that the call needs whatever else it is asked for.
+inline void require(const void* field, const char* name) {
+    if (field == nullptr) throw std::invalid_argument(std::string(name) + " is missing");
+}
+
 template <class Call>
 struct Job {
     const Call* call;

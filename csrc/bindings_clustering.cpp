@@ -22,16 +22,8 @@ void check(std::int64_t b, std::int64_t n, std::int64_t k, std::int64_t d, int d
     // An index rides on a lane of 32 bits.
     if (k > INT32_MAX)
         throw std::invalid_argument("at most 2^31 - 1 centroids or keys, got " + std::to_string(k));
-    if (dtype < 0 || dtype > 2)
-        throw std::invalid_argument("dtype must be 0 (float32), 1 (bfloat16) or 2 (float16), got " +
-                                    std::to_string(dtype));
-    if (threads < 1)
-        throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
-}
-
-// A result that is written whatever the call asks for.
-void require(const void* field, const char* name) {
-    if (field == nullptr) throw std::invalid_argument(std::string(name) + " is missing");
+    check_dtype(dtype);
+    check_threads(threads);
 }
 
 Prepared<Nearest> nearest(int dtype, std::int64_t b, std::int64_t n, std::int64_t k, std::int64_t d,

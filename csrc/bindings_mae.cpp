@@ -7,24 +7,6 @@
 namespace ssl_fast {
 namespace {
 
-Dtype dtype_of(const char* name, int dtype) {
-    if (dtype < 0 || dtype > 2)
-        throw std::invalid_argument(std::string(name) +
-                                    " must be 0 (float32), 1 (bfloat16) or 2 (float16), got " +
-                                    std::to_string(dtype));
-    return static_cast<Dtype>(dtype);
-}
-
-int threads_of(int threads) {
-    if (threads < 1)
-        throw std::invalid_argument("threads must be at least 1, got " + std::to_string(threads));
-    return threads;
-}
-
-void require(const void* field, const char* name) {
-    if (field == nullptr) throw std::invalid_argument(std::string(name) + " is missing");
-}
-
 // (address, batch stride, row stride) of patches; (address, four strides, channels, patch rows,
 // patch columns, columns of patches) of images.
 void take_target(const py::tuple& target, Mae& call) {
@@ -58,8 +40,11 @@ Prepared<Mae> mae(int dtype, int target_dtype, std::int64_t b, std::int64_t l, s
                                     std::to_string(b) + ", " + std::to_string(l) + " and " +
                                     std::to_string(p));
     Mae call{};
-    call.dtype = dtype_of("dtype", dtype);
-    call.target_dtype = dtype_of("target_dtype", target_dtype);
+    check_dtype(dtype);
+    check_dtype(target_dtype, "target_dtype");
+    check_threads(threads);
+    call.dtype = static_cast<Dtype>(dtype);
+    call.target_dtype = static_cast<Dtype>(target_dtype);
     call.b = b;
     call.l = l;
     call.p = p;
@@ -67,7 +52,7 @@ Prepared<Mae> mae(int dtype, int target_dtype, std::int64_t b, std::int64_t l, s
                  std::get<2>(pred)};
     take_target(target, call);
     call.normalize = normalize;
-    call.threads = threads_of(threads);
+    call.threads = threads;
     Arrays arrays(addresses);
     arrays.take("mask", call.mask);
     arrays.take("loss", call.loss);
@@ -88,9 +73,11 @@ Prepared<KlDivergence> kl_divergence(int dtype, std::int64_t n, int threads,
                                      const py::dict& addresses) {
     if (n < 0) throw std::invalid_argument("n must be at least 0, got " + std::to_string(n));
     KlDivergence call{};
-    call.dtype = dtype_of("dtype", dtype);
+    check_dtype(dtype);
+    check_threads(threads);
+    call.dtype = static_cast<Dtype>(dtype);
     call.n = n;
-    call.threads = threads_of(threads);
+    call.threads = threads;
     Arrays arrays(addresses);
     arrays.take("mu", call.mu);
     arrays.take("logvar", call.logvar);
@@ -110,11 +97,13 @@ Prepared<L2Sp> l2_sp(int dtype, std::int64_t count, double weight, bool add, int
     if (count < 0)
         throw std::invalid_argument("count must be at least 0, got " + std::to_string(count));
     L2Sp call{};
-    call.dtype = dtype_of("dtype", dtype);
+    check_dtype(dtype);
+    check_threads(threads);
+    call.dtype = static_cast<Dtype>(dtype);
     call.count = count;
     call.weight = weight;
     call.add = add;
-    call.threads = threads_of(threads);
+    call.threads = threads;
     Arrays arrays(addresses);
     arrays.take("sizes", call.sizes);
     arrays.take("parameters", call.parameters);

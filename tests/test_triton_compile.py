@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from compile_triton_kernels import cases
-
-import ssl_fast
+from compiled_reports import compiled_reports
 
 pytest.importorskip("triton")
 
-HERE = Path(__file__).parent
 CASES = cases()
 # What a block may have: the opt-in limits of A100, H100 and B200, and AMD's LDS.
 SHARED_KB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
@@ -29,20 +21,8 @@ MATRIX_INSTRUCTION = {
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Every case's report, compiled once, in a process where Triton doesn't interpret."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    # the package that this process tests, wherever it was found
-    environment["PYTHONPATH"] = str(Path(ssl_fast.__file__).parents[1])
-    run = subprocess.run(
-        [sys.executable, str(HERE / "compile_triton_kernels.py")],
-        cwd=HERE.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout)
+    """Every case's report, compiled once."""
+    return compiled_reports("compile_triton_kernels.py")
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])

@@ -5,43 +5,24 @@ The interpreter's checks are in interpreted_mae.py, which test_triton_pair_softm
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import test_kl_divergence as of_kl
 import test_l2_sp as of_l2_sp
 import test_mae as of_mae
 import torch
 from compile_triton_mae import pass_cases
+from compiled_reports import compiled_reports
 
 import ssl_fast
 from ssl_fast.backends import triton
 
-HERE = Path(__file__).parent
 CASES = pass_cases()
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Every case's report, compiled once, in a process where Triton doesn't interpret."""
-    pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    # the package that this process tests, wherever it was found
-    environment["PYTHONPATH"] = str(Path(ssl_fast.__file__).parents[1])
-    run = subprocess.run(
-        [sys.executable, str(HERE / "compile_triton_mae.py")],
-        cwd=HERE.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout)
+    """Every case's report, compiled once."""
+    return compiled_reports("compile_triton_mae.py")
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])

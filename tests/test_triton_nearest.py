@@ -5,46 +5,26 @@ The interpreter's checks are in interpreted_nearest.py, which test_triton_pair_s
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from compile_triton_kernels import SMALL, search_cases
+from compiled_reports import compiled_reports
 from plain_clusters import all_distances, assert_near_distances, assert_near_labels
 from test_triton_compile import MATRIX_INSTRUCTION, SHARED_KB
 from tolerances import assert_near
 
-import ssl_fast
 from ssl_fast.backends import dispatch, triton
 from ssl_fast.ops.top_k import top_k
 
-HERE = Path(__file__).parent
 CASES = search_cases()
 
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Every case's report, compiled once, in a process where Triton doesn't interpret."""
-    pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    # the package that this process tests, wherever it was found
-    environment["PYTHONPATH"] = str(Path(ssl_fast.__file__).parents[1])
-    names = [case.name for case in CASES]
-    run = subprocess.run(
-        [sys.executable, str(HERE / "compile_triton_kernels.py"), *names],
-        cwd=HERE.parent,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout)
+    """Every case's report, compiled once."""
+    return compiled_reports("compile_triton_kernels.py", *(case.name for case in CASES))
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
