@@ -33,6 +33,10 @@ class TopK:
     def workspace_bytes(self) -> int: ...
     def run(self, workspace: int) -> None: ...
 
+class PlusPlus:
+    def workspace_bytes(self) -> int: ...
+    def run(self, workspace: int) -> None: ...
+
 class Mae:
     def workspace_bytes(self) -> int: ...
     def run(self, workspace: int) -> None: ...
@@ -122,6 +126,20 @@ def top_k(
     arrays: dict[str, int],
     /,
 ) -> TopK: ...
+def plus_plus(
+    dtype: int,
+    b: int,
+    n: int,
+    t: int,
+    d: int,
+    each: int,
+    room: int,
+    x: _Batch,
+    candidates: _Batch,
+    threads: int,
+    arrays: dict[str, int],
+    /,
+) -> PlusPlus: ...
 def mae(
     dtype: int,
     target_dtype: int,

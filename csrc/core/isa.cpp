@@ -19,6 +19,7 @@ namespace ssl_fast {
     extern const Kernels<Nearest> nearest_##isa;                             \
     extern const Kernels<CentroidUpdate> centroid_update_##isa;              \
     extern const Kernels<TopK> top_k_##isa;                                  \
+    extern const Kernels<PlusPlus> plus_plus_##isa;                          \
     extern const Kernels<Mae> mae_##isa;                                     \
     extern const Kernels<KlDivergence> kl_divergence_##isa;                  \
     extern const Kernels<L2Sp> l2_sp_##isa;                                  \
@@ -89,6 +90,7 @@ bool has_amx_bf16() { return false; }
      &nearest_##isa,                              \
      &centroid_update_##isa,                      \
      &top_k_##isa,                                \
+     &plus_plus_##isa,                            \
      &mae_##isa,                                  \
      &kl_divergence_##isa,                        \
      &l2_sp_##isa,                                \

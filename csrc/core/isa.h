@@ -31,6 +31,7 @@ struct Isa {
     const Kernels<Nearest>* nearest;
     const Kernels<CentroidUpdate>* centroid_update;
     const Kernels<TopK>* top_k;
+    const Kernels<PlusPlus>* plus_plus;
     const Kernels<Mae>* mae;
     const Kernels<KlDivergence>* kl_divergence;
     const Kernels<L2Sp>* l2_sp;

@@ -28,6 +28,7 @@ OPS = (
     "nearest",
     "centroid_update",
     "top_k",
+    "plus_plus",
     "mae",
     "kl_divergence",
     "l2_sp",

@@ -86,13 +86,6 @@ class Problem(NamedTuple):
         scale = self.centroid_scale(centroids)
         return squared_differences(self.x, centroids, labels, self.x_scale, scale)
 
-    def norms(self) -> Tensor:
-        """The squared norms of the scaled rows, [B, N]; 0 for padding."""
-        origin = self.x.new_zeros(self.x.shape[0], 1, self.x.shape[2])
-        return nearest_op.nearest(
-            self.x, origin, x_scale=self.x_scale, lengths=self.lengths, backend=self.backend
-        )[1]
-
     def scaled_rows(
         self,
         indices: Tensor,  # [B, M]
