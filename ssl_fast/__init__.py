@@ -12,6 +12,7 @@ from ssl_fast.losses.l2_sp import l2_sp
 from ssl_fast.losses.mae import MAELoss, mae_loss
 from ssl_fast.losses.memory_bank import MemoryBank
 from ssl_fast.losses.nt_xent import NTXentLoss, nt_xent
+from ssl_fast.losses.reconstruction import ReconstructionLoss, reconstruction_loss
 from ssl_fast.losses.siglip import SigLipLoss, siglip_loss
 from ssl_fast.losses.sup_con import SupConLoss, SupConStats, sup_con
 
@@ -28,6 +29,7 @@ __all__ = [
     "MemoryBank",
     "MiniBatchKMeans",
     "NTXentLoss",
+    "ReconstructionLoss",
     "SigLipLoss",
     "SupConLoss",
     "SupConStats",
@@ -41,6 +43,7 @@ __all__ = [
     "l2_sp",
     "mae_loss",
     "nt_xent",
+    "reconstruction_loss",
     "show_config",
     "siglip_loss",
     "sup_con",

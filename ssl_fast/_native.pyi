@@ -41,6 +41,10 @@ class Mae:
     def workspace_bytes(self) -> int: ...
     def run(self, workspace: int) -> None: ...
 
+class Reconstruction:
+    def workspace_bytes(self) -> int: ...
+    def run(self, workspace: int) -> None: ...
+
 class KlDivergence:
     def workspace_bytes(self) -> int: ...
     def run(self, workspace: int) -> None: ...
@@ -140,6 +144,20 @@ def plus_plus(
     arrays: dict[str, int],
     /,
 ) -> PlusPlus: ...
+def reconstruction(
+    kind: int,
+    dtype: int,
+    target_dtype: int,
+    n: int,
+    target_line: tuple[float, float],
+    parameter: float,
+    mask_span: int,
+    period: int,
+    factors: tuple[float, float],
+    threads: int,
+    arrays: dict[str, int],
+    /,
+) -> Reconstruction: ...
 def mae(
     dtype: int,
     target_dtype: int,

@@ -10,6 +10,7 @@
 #include "core/mae.h"
 #include "core/pair_sigmoid.h"
 #include "core/pair_softmax.h"
+#include "core/reconstruction.h"
 
 namespace ssl_fast {
 
@@ -35,6 +36,7 @@ struct Isa {
     const Kernels<Mae>* mae;
     const Kernels<KlDivergence>* kl_divergence;
     const Kernels<L2Sp>* l2_sp;
+    const Kernels<Reconstruction>* reconstruction;
     const PeakKernels* peak;
 };
 

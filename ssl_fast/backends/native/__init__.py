@@ -24,6 +24,7 @@ OPS = (
     "top_k",
     "plus_plus",
     "mae",
+    "reconstruction",
     "kl_divergence",
     "l2_sp",
 )

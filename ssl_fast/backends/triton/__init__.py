@@ -17,6 +17,7 @@ OPS = (
     "top_k",
     "plus_plus",
     "mae",
+    "reconstruction",
     "kl_divergence",
     "l2_sp",
 )
