@@ -10,9 +10,12 @@
 namespace ssl_fast {
 namespace {
 
-constexpr int64_t BLOCK = 16384;
+// Elements of a block: long ones are streams to the prefetcher, but each thread has to get some.
+constexpr int64_t LEAST_BLOCK = 16384, MOST_BLOCK = 131072;
 // Elements that are widened together, and summed in fp32.
 constexpr int64_t PART = 1024;
+// The hardware's prefetcher stops at the end of a page of 4 KB.
+constexpr int64_t AHEAD = 4096;
 
 // The columns of a part as fp32, each with whole vectors to read; null where there is none.
 struct Part {
@@ -25,7 +28,10 @@ struct Part {
 class Reconstructed {
   public:
     Reconstructed(const Reconstruction& call, int rank)
-        : c_(call), arena_(call.workspace), blocks_(arena_, ceil_div(call.n, BLOCK)) {
+        : c_(call),
+          block_(larger(LEAST_BLOCK, smaller(MOST_BLOCK, round_up(call.n / 32, PART)))),
+          arena_(call.workspace),
+          blocks_(arena_, ceil_div(call.n, block_)) {
         const std::size_t shared = arena_.used();
         for (int r = 0; r <= rank; ++r)
             for (float*& buffer : buffers_) buffer = arena_.take<float>(PART);
@@ -40,8 +46,8 @@ class Reconstructed {
             team,
             [this](int64_t block, double* sums) {
                 sums[0] = sums[1] = 0.0;
-                const int64_t end = smaller((block + 1) * BLOCK, c_.n);
-                for (int64_t first = block * BLOCK; first < end; first += PART)
+                const int64_t end = smaller((block + 1) * block_, c_.n);
+                for (int64_t first = block * block_; first < end; first += PART)
                     part(first, smaller(PART, end - first), sums);
             },
             [this](const double* total) {
@@ -53,10 +59,17 @@ class Reconstructed {
   private:
     enum Buffer { INPUT, TARGET, WEIGHT, KEEP, POSITIVE, SLOPE, LOSS, NARROW, BUFFERS };
 
+    // What comes AHEAD bytes later, by lines.
+    __attribute__((always_inline)) static void fetch(const void* data, int64_t bytes) {
+        const char* from = static_cast<const char*>(data) + AHEAD;
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 3);
+    }
+
     // `count` numbers from `first` on, followed by `rest` up to whole vectors.
     const float* numbers(const void* data, Dtype dtype, int64_t first, int64_t count, float rest,
                          float* buffer) const {
         const Rows row{static_cast<const char*>(data) + first * element_size(dtype), 0};
+        if (dtype != Dtype::float32) fetch(row.data, count * element_size(dtype));
         const float* wide = widen(row, dtype, 0, count, buffer);
         if (count % WIDTH == 0) return wide;
         if (wide != buffer) __builtin_memcpy(buffer, wide, count * sizeof(float));
@@ -69,6 +82,7 @@ class Reconstructed {
         const float scale = c_.target_scale, shift = c_.target_shift;
         if (c_.bytes) {
             const auto* from = static_cast<const uint8_t*>(c_.target) + first;
+            fetch(from, count);
             for (int64_t i = 0; i < count; ++i)
                 buffer[i] = static_cast<float>(from[i]) * scale + shift;
             for (int64_t i = count; i % WIDTH != 0; ++i) buffer[i] = 0.5f;
@@ -167,6 +181,8 @@ class Reconstructed {
         int64_t outside = 0;
         for (int64_t i = 0; i < p.vectors * WIDTH; i += WIDTH) {
             const Vec x = load(p.x + i), t = load(p.t + i);
+            __builtin_prefetch(reinterpret_cast<const char*>(p.x + i) + AHEAD, 0, 3);
+            __builtin_prefetch(reinterpret_cast<const char*>(p.t + i) + AHEAD, 0, 3);
             Terms term = terms<KIND>(x, t, c_.parameter);
             if constexpr (!PLAIN && KIND == Kind::bce_with_logits)
                 if (p.pos_weight != nullptr)
@@ -201,6 +217,7 @@ class Reconstructed {
     }
 
     const Reconstruction& c_;
+    const int64_t block_;
     Arena arena_;
     Blocks<2> blocks_;
     bool past_ = false;

@@ -28,6 +28,9 @@ __all__ = [
 ]
 
 BINARY = ("bce", "bce_with_logits")
+# Of these torch divides a weighted mean by the sum of the weights (smooth_l1, which has none there,
+# as l1), of the others by the number of elements.
+BY_WEIGHT = ("mse", "l1", "smooth_l1")
 
 
 def check_rules(
@@ -148,10 +151,9 @@ def denominator(
 ) -> Tensor | int:
     """What a mean divides by, as torch.nn.functional does for the kind.
 
-    The sum of the weights; for the binary kinds the number of elements, weighted or not. Of what
-    the mask keeps.
+    The sum of the weights or the number of elements, of what the mask keeps.
     """
-    if weight is not None and kind not in BINARY:
+    if weight is not None and kind in BY_WEIGHT:
         if mask is None:
             return weight.sum()
         full = mask.view(*mask.shape, *[1] * (weight.dim() - mask.dim()))

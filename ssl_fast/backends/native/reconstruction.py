@@ -58,7 +58,7 @@ def _run(
             count,
             (target_scale, target_shift),
             parameter,
-            1 if mask is None else count // max(1, mask.numel()),
+            1 if mask is None else max(1, count // max(1, mask.numel())),
             1 if pos_weight is None else pos_weight.numel(),
             (factor, grad_factor),
             threads_for(count),

@@ -67,6 +67,7 @@ def slope(
     if kind == "bce":
         return d / ((1.0 - x) * x).clamp_min(1e-12)
     if pos_weight is None:
-        return x.sigmoid() - t
+        # Neither cancels where the loss is near 0.
+        return torch.where(x > 0.0, (1.0 - t) - (-x).sigmoid(), x.sigmoid() - t)
     factor = (pos_weight.to(wide) - 1.0) * t + 1.0
     return (1.0 - t) - factor * (-x).sigmoid()
