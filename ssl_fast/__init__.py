@@ -15,6 +15,7 @@ from ssl_fast.losses.nt_xent import NTXentLoss, nt_xent
 from ssl_fast.losses.reconstruction import ReconstructionLoss, reconstruction_loss
 from ssl_fast.losses.siglip import SigLipLoss, siglip_loss
 from ssl_fast.losses.sup_con import SupConLoss, SupConStats, sup_con
+from ssl_fast.losses.vae import VAELoss, VAETerms, vae_loss
 
 if TYPE_CHECKING:
     from ssl_fast.cluster import KMeans, MiniBatchKMeans
@@ -33,6 +34,8 @@ __all__ = [
     "SigLipLoss",
     "SupConLoss",
     "SupConStats",
+    "VAELoss",
+    "VAETerms",
     "batched_kmeans",
     "cached_step",
     "clip_loss",
@@ -47,6 +50,7 @@ __all__ = [
     "show_config",
     "siglip_loss",
     "sup_con",
+    "vae_loss",
 ]
 
 __version__ = "0.1.0"
