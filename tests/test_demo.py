@@ -246,6 +246,7 @@ def test_command_prints_the_table_and_draws(monkeypatch, tmp_path, capsys):
         assert float(ours[0]) == pytest.approx(float(theirs[0]), abs=0.05)
         assert float(ours[2]) == pytest.approx(float(theirs[2]), rel=1e-3)
     assert str(out) in printed
+    assert out.with_stem(f"{out.stem}_reconstruction").stat().st_size > 10_000
 
 
 def some_results(agreement=1.0):

@@ -26,7 +26,7 @@ SUFFIXES = {".png", ".pdf", ".svg", ".jpg"}
 
 _COLORS = {UNTRAINED: "#b8bcc4", PLAIN: "#e08a2e", OURS: "#1f66b0"}
 _MARKERS = {PLAIN: "s", OURS: "o"}
-_STYLE = {
+STYLE = {
     "figure.facecolor": "white",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -49,7 +49,7 @@ def draw(results: Results, path: Path) -> None:
     # The figure is made without pyplot, so that no display and no global state is touched.
     figure_module: Any = require("matplotlib.figure")
     matplotlib: Any = require("matplotlib")
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = figure_module.Figure(figsize=(15.5, 11.4), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.14, wspace=0.02, hspace=0.03)
         panels, row = figure.subfigures(2, 1, height_ratios=(9.0, 2.2))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ssl_fast.demo.clustering import EMBEDDINGS, STARTS
 from ssl_fast.demo.data import CLASSES
 from ssl_fast.demo.evaluation import NEIGHBOURS
+from ssl_fast.demo.reconstruction import PER_CLASS
 from ssl_fast.demo.results import (
     UNTRAINED,
     Results,
@@ -18,6 +19,8 @@ from ssl_fast.demo.scaling import DIM, OURS, PLAIN, Point
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from ssl_fast.demo.reconstruction import Reconstructions
 
 _COLUMNS = (UNTRAINED, PLAIN, OURS)
 _TITLE_WIDTH, _WIDTH = 44, 13
@@ -45,6 +48,34 @@ def render(results: Results) -> str:
         for side, reason in point.skipped.items():
             lines.append(f"batch {point.batch}: {side} skipped: it {reason}{_other(point)}")
     return "\n".join(lines)
+
+
+def render_reconstructions(found: Reconstructions) -> str:
+    """The tables of the second step as text."""
+    lines = ["", _cells("loss, the same seed and batches", ("epoch 1", PLAIN, "last epoch"))]
+    lines.append("-" * len(lines[-1]))
+    for name, losses in found.losses.items():
+        ours, plain = losses[OURS], losses[PLAIN]
+        lines.append(_cells(name, (f"{ours[0]:.4f}", f"{plain[0]:.4f}", f"{ours[-1]:.4f}")))
+    labels = PER_CLASS * CLASSES
+    lines += [
+        "",
+        _cells(f"frozen features, {labels} labels", ("probe", f"{NEIGHBOURS} neighbours")),
+    ]
+    lines.append("-" * len(lines[-1]))
+    for name, score in found.scores.items():
+        lines.append(_cells(name, (readable_share(score.probe), readable_share(score.neighbours))))
+    lines += ["", _cells(f"fine-tuned from {labels} labels", ("mean", "least", "most"))]
+    lines.append("-" * len(lines[-1]))
+    for tuning in found.tunings:
+        scores = tuning.accuracies
+        shown = (sum(scores) / len(scores), min(scores), max(scores))
+        lines.append(_cells(tuning.start, tuple(map(readable_share, shown))))
+    return "\n".join(lines)
+
+
+def _cells(title: str, cells: Sequence[str]) -> str:
+    return f"{title:<{_TITLE_WIDTH}}" + "".join(f"{cell:>{_WIDTH}}" for cell in cells)
 
 
 def _clusters(results: Results) -> list[str]:
