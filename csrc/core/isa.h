@@ -7,6 +7,7 @@
 #include "core/clustering.h"
 #include "core/kl_divergence.h"
 #include "core/l2_sp.h"
+#include "core/linear_reconstruction.h"
 #include "core/mae.h"
 #include "core/pair_sigmoid.h"
 #include "core/pair_softmax.h"
@@ -34,6 +35,7 @@ struct Isa {
     const Kernels<Mae>* mae;
     const Kernels<KlDivergence>* kl_divergence;
     const Kernels<L2Sp>* l2_sp;
+    const Kernels<LinearReconstruction>* linear_reconstruction;
     const PeakKernels* peak;
 };
 

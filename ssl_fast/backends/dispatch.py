@@ -31,6 +31,7 @@ OPS = (
     "mae",
     "kl_divergence",
     "l2_sp",
+    "linear_reconstruction",
 )
 BACKENDS = ("reference", "native", "triton")
 # The first that doesn't refuse serves. The reference refuses nothing, so it ends every list.

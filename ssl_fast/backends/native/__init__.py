@@ -25,6 +25,7 @@ OPS = (
     "mae",
     "kl_divergence",
     "l2_sp",
+    "linear_reconstruction",
 )
 
 
