@@ -139,7 +139,6 @@ def _per_element(name: str, value: Any, target: Tensor, rows: Tensor) -> Tensor 
             f"{describe(value)}"
         )
     full, leading = target.shape, target.shape[:-1]
-    # One output: [N] and [N, 1] differ in their rank alone.
     if value.shape != full and value.shape != leading:
         raise ValueError(
             f"{name} must have shape {tuple(full)} or {tuple(leading)}; got {tuple(value.shape)}"
@@ -149,7 +148,7 @@ def _per_element(name: str, value: Any, target: Tensor, rows: Tensor) -> Tensor 
         value = value if value.dtype is torch.bool else value != 0
     else:
         value = value.to(accumulation_dtype(rows))
-    return value.reshape(-1, full[-1]) if value.dim() == target.dim() else value.reshape(-1)
+    return value.reshape(math.prod(leading), full[-1]) if value.shape == full else value.reshape(-1)
 
 
 def _counted(
