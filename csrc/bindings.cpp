@@ -227,6 +227,7 @@ PYBIND11_MODULE(_native, module) {
     bind_clustering(module);
     bind_linear(module);
     bind_mae(module);
+    bind_reconstruction(module);
     module.def("pair_softmax", &pair_softmax);
     module.def("pair_softmax_symmetric", &pair_softmax_symmetric);
     module.def("pair_sigmoid", &pair_sigmoid);

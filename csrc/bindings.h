@@ -107,5 +107,7 @@ void bind_clustering(py::module_& module);
 void bind_linear(py::module_& module);
 // The ops of bindings_mae.cpp.
 void bind_mae(py::module_& module);
+// The op of bindings_reconstruction.cpp.
+void bind_reconstruction(py::module_& module);
 
 }  // namespace ssl_fast

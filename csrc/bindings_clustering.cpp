@@ -1,4 +1,5 @@
-// nearest, lloyd, centroid_update and top_k: from addresses, sizes and strides to their calls.
+// nearest, lloyd, centroid_update, top_k and plus_plus: from addresses, sizes and strides to their
+// calls.
 
 #include <tuple>
 
@@ -114,15 +115,60 @@ Prepared<TopK> top_k(int dtype, std::int64_t b, std::int64_t n, std::int64_t m, 
     return {call, active_isa().top_k};
 }
 
+Prepared<PlusPlus> plus_plus(int dtype, std::int64_t b, std::int64_t n, std::int64_t t,
+                             std::int64_t d, std::int64_t each, std::int64_t room,
+                             const py::object& x, const py::object& candidates, int threads,
+                             const py::dict& addresses) {
+    check(b, n, t, d, dtype, threads);
+    if (n > INT32_MAX)
+        throw std::invalid_argument("at most 2^31 - 1 rows, got " + std::to_string(n));
+    if (each < 1 || each > t || room < 0)
+        throw std::invalid_argument("each must be between 1 and t = " + std::to_string(t) +
+                                    ", and room >= 0; got " + std::to_string(each) + " and " +
+                                    std::to_string(room));
+    PlusPlus call{};
+    call.dtype = static_cast<Dtype>(dtype);
+    call.b = b;
+    call.n = n;
+    call.t = t;
+    call.d = d;
+    call.each = each;
+    call.room = room;
+    call.x = batch(x);
+    call.candidates = batch(candidates);
+    call.threads = threads;
+    Arrays arrays(addresses);
+    arrays.take("x_scale", call.x_scale);
+    arrays.take("candidate_scale", call.candidate_scale);
+    arrays.take("weight", call.weight);
+    arrays.take("lengths", call.lengths);
+    arrays.take("drawn", call.drawn);
+    arrays.take("limits", call.limits);
+    arrays.take("wanted", call.wanted);
+    arrays.take("closest", call.closest);
+    arrays.take("chosen", call.chosen);
+    arrays.finish();
+    if (b > 0) {
+        require(call.drawn, "drawn");
+        require(call.limits, "limits");
+        require(call.wanted, "wanted");
+        require(call.chosen, "chosen");
+    }
+    if (b * n > 0) require(call.closest, "closest");
+    return {call, active_isa().plus_plus};
+}
+
 }  // namespace
 
 void bind_clustering(py::module_& module) {
     bind_prepared<Nearest>(module, "Nearest");
     bind_prepared<CentroidUpdate>(module, "CentroidUpdate");
     bind_prepared<TopK>(module, "TopK");
+    bind_prepared<PlusPlus>(module, "PlusPlus");
     module.def("nearest", &nearest);
     module.def("centroid_update", &centroid_update);
     module.def("top_k", &top_k);
+    module.def("plus_plus", &plus_plus);
 }
 
 }  // namespace ssl_fast

@@ -16,8 +16,10 @@ from ssl_fast.losses.linear_reconstruction import (
 from ssl_fast.losses.mae import MAELoss, mae_loss
 from ssl_fast.losses.memory_bank import MemoryBank
 from ssl_fast.losses.nt_xent import NTXentLoss, nt_xent
+from ssl_fast.losses.reconstruction import ReconstructionLoss, reconstruction_loss
 from ssl_fast.losses.siglip import SigLipLoss, siglip_loss
 from ssl_fast.losses.sup_con import SupConLoss, SupConStats, sup_con
+from ssl_fast.losses.vae import VAELoss, VAETerms, vae_loss
 
 if TYPE_CHECKING:
     from ssl_fast.cluster import KMeans, MiniBatchKMeans
@@ -33,9 +35,12 @@ __all__ = [
     "MemoryBank",
     "MiniBatchKMeans",
     "NTXentLoss",
+    "ReconstructionLoss",
     "SigLipLoss",
     "SupConLoss",
     "SupConStats",
+    "VAELoss",
+    "VAETerms",
     "batched_kmeans",
     "cached_step",
     "clip_loss",
@@ -47,9 +52,11 @@ __all__ = [
     "linear_reconstruction_loss",
     "mae_loss",
     "nt_xent",
+    "reconstruction_loss",
     "show_config",
     "siglip_loss",
     "sup_con",
+    "vae_loss",
 ]
 
 __version__ = "0.1.0"

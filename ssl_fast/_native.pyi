@@ -33,7 +33,15 @@ class TopK:
     def workspace_bytes(self) -> int: ...
     def run(self, workspace: int) -> None: ...
 
+class PlusPlus:
+    def workspace_bytes(self) -> int: ...
+    def run(self, workspace: int) -> None: ...
+
 class Mae:
+    def workspace_bytes(self) -> int: ...
+    def run(self, workspace: int) -> None: ...
+
+class Reconstruction:
     def workspace_bytes(self) -> int: ...
     def run(self, workspace: int) -> None: ...
 
@@ -126,6 +134,34 @@ def top_k(
     arrays: dict[str, int],
     /,
 ) -> TopK: ...
+def plus_plus(
+    dtype: int,
+    b: int,
+    n: int,
+    t: int,
+    d: int,
+    each: int,
+    room: int,
+    x: _Batch,
+    candidates: _Batch,
+    threads: int,
+    arrays: dict[str, int],
+    /,
+) -> PlusPlus: ...
+def reconstruction(
+    kind: int,
+    dtype: int,
+    target_dtype: int,
+    n: int,
+    target_line: tuple[float, float],
+    parameter: float,
+    mask_span: int,
+    period: int,
+    factors: tuple[float, float],
+    threads: int,
+    arrays: dict[str, int],
+    /,
+) -> Reconstruction: ...
 def mae(
     dtype: int,
     target_dtype: int,

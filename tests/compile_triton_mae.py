@@ -1,4 +1,4 @@
-"""Compiles the kernels of mae, kl_divergence and l2_sp ahead of time.
+"""Compiles the kernels of mae, kl_divergence, l2_sp and reconstruction ahead of time.
 
 `python compile_triton_mae.py` prints a JSON object, as compile_triton_kernels.py does.
 test_triton_mae.py runs it in a process without TRITON_INTERPRET.
@@ -19,7 +19,7 @@ class PassCase(NamedTuple):
     """A kernel, its flags, the dtype of what it reads and a target."""
 
     kernel: str
-    flags: tuple[tuple[str, bool], ...]
+    flags: tuple[tuple[str, int], ...]
     dtype: str
     target: str
     # sizes and strides are 1, which Triton takes for a constant
@@ -27,14 +27,22 @@ class PassCase(NamedTuple):
 
     @property
     def name(self) -> str:
-        on = (flag.lower() for flag, value in self.flags if value)
+        on = (f"{flag.lower()}{value if value > 1 else ''}" for flag, value in self.flags if value)
         end = ("ones",) if self.ones else ()
         return "-".join((self.kernel, *on, self.dtype, self.target, *end))
 
 
-def _flags(*names: str) -> list[tuple[tuple[str, bool], ...]]:
+def _flags(*names: str) -> list[tuple[tuple[str, int], ...]]:
     values = itertools.product((False, True), repeat=len(names))
     return [tuple(zip(names, some, strict=True)) for some in values]
+
+
+def _kinds() -> list[tuple[tuple[str, int], ...]]:
+    """Each kind as it is used most, then logits with all that there is, and losses one by one."""
+    names = ("KIND", "HAS_WEIGHT", "HAS_MASK", "POSITIVE", "REDUCE", "HAS_GRAD")
+    some = [(kind, False, False, False, True, True) for kind in range(6)]
+    some += [(5, True, True, True, False, True), (5, True, True, True, True, True)]
+    return [tuple(zip(names, values, strict=True)) for values in some]
 
 
 FLAGS = {
@@ -42,6 +50,7 @@ FLAGS = {
     "gradient": _flags("IMAGES", "NORMALIZE"),
     "divergence": _flags("HAS_GRAD"),
     "distance": _flags("HAS_GRAD", "ADD"),
+    "reconstruction": _kinds(),
 }
 
 
@@ -67,6 +76,8 @@ def source_of(case: PassCase) -> Any:
         l2_sp_kernels,
         mae,
         mae_kernels,
+        reconstruction,
+        reconstruction_kernels,
     )
 
     modules = {
@@ -74,21 +85,25 @@ def source_of(case: PassCase) -> Any:
         "gradient": (mae_kernels, mae.MOST_ELEMENTS),
         "divergence": (kl_divergence_kernels, kl_divergence.BLOCK),
         "distance": (l2_sp_kernels, l2_sp.BLOCK),
+        "reconstruction": (reconstruction_kernels, reconstruction.BLOCK),
     }
     module, block = modules[case.kernel]
     kernel = getattr(module, f"{case.kernel}_kernel")
     constants: dict[str, Any] = {**dict(case.flags), "BLOCK": block}
-    features = ("pred", "target", "gradient", "mu", "logvar", "like")
-    pointers = ("weights", "losses", "factor", "sums", "grad_logvar", "step")
+    features = ("pred", "target", "gradient", "mu", "logvar", "like", "input", "grad")
+    pointers = (
+        "weights", "losses", "factor", "sums", "grad_logvar", "step", "weight", "pos_weight",
+    )  # fmt: skip
+    numbers = ("degrees", "parameter", "target_scale", "target_shift", "grad_factor")
     tables = ("table", "tensors", "blocks")
     if case.ones:
-        others = (*features, *pointers, *tables, "degrees", *constants)
+        others = (*features, *pointers, *tables, *numbers, "mask", *constants)
         constants |= dict.fromkeys((x for x in kernel.arg_names if x not in others), 1)
     signature, attributes = {}, {}
     for place, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name == "degrees":
+        elif name in numbers:
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
@@ -98,7 +113,9 @@ def source_of(case: PassCase) -> Any:
                 signature[name] = "*fp32"
             elif name in tables:
                 signature[name] = "*i64"
-            if name not in ("channels", "patch_rows", "patch_columns", "grid_columns"):
+            elif name == "mask":
+                signature[name] = "*i8"
+            if name not in ("channels", "patch_rows", "patch_columns", "grid_columns", "period"):
                 attributes[place,] = [["tt.divisibility", 16]]
     return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
 

@@ -126,11 +126,11 @@ def test_greedy_seeding_is_as_good_as_scikit_learns():
 
 
 def test_seeding_without_room_for_distances(blobs, monkeypatch):
-    from ssl_fast.cluster import plus_plus
+    from ssl_fast.ops import plus_plus
 
     x, _ = blobs(2, 400, 3, k=6)
     weight = torch.rand(2, 400)
-    monkeypatch.setattr(plus_plus, "_STORE_BYTES", 0)
+    monkeypatch.setattr(plus_plus, "ROOM", 0)
     found = batched_kmeans(x, 6, sample_weight=weight, n_init=3)
     assert_consistent(x, found, weight)
     assert torch.all(found.inertia < 2.0 * 3 * weight.sum(-1))

@@ -1,6 +1,7 @@
-"""The kernels of mae, kl_divergence and l2_sp compiled for cards, and run on one where it is here.
+"""The kernels that walk over memory compiled for cards, and run on one where it is here.
 
-The interpreter's checks are in interpreted_mae.py, which test_triton_pair_softmax.py runs.
+The interpreter's checks are in interpreted_mae.py and interpreted_reconstruction.py, which
+test_triton_pair_softmax.py runs.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import pytest
 import test_kl_divergence as of_kl
 import test_l2_sp as of_l2_sp
 import test_mae as of_mae
+import test_reconstruction as of_reconstruction
 import torch
 from compile_triton_mae import pass_cases
 from compiled_reports import compiled_reports
+from plain_reconstruction import KINDS
 
 import ssl_fast
 from ssl_fast.backends import triton
@@ -35,7 +38,7 @@ def test_compiles_clean(compiled, case):
 
 def test_refuses_with_a_reason(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for op in ("mae", "kl_divergence", "l2_sp"):
+    for op in ("mae", "kl_divergence", "l2_sp", "reconstruction"):
         assert "not float64" in triton.refuses(op, "cuda", torch.float64, (1,))
 
 
@@ -51,6 +54,11 @@ def test_on_a_card(shape, dtype):
     inputs = of_kl.inputs_of(shape, dtype)
     found = of_kl.value_and_grads(*(x.cuda() for x in inputs), backend="triton")
     of_kl.assert_agrees([x.cpu() for x in found], of_kl.exact_of(*inputs), dtype)
+    for kind in KINDS:
+        x, t = of_reconstruction.inputs_of(kind, shape, dtype)
+        found = of_reconstruction.value_and_grad(x.cuda(), t.cuda(), kind, backend="triton")
+        exact = of_reconstruction.exact_of(x, t, kind)
+        of_reconstruction.assert_agrees([y.cpu() for y in found], exact, dtype)
     parameters, anchors = of_l2_sp.tensors_of([shape, *of_l2_sp.SHAPES], dtype)
     exact = of_l2_sp.exact_of(parameters, anchors)
     leaves = [p.detach().cuda().requires_grad_() for p in parameters]

@@ -1,6 +1,7 @@
 #pragma once
-// The signatures of nearest, lloyd, centroid_update and top_k. All have a leading batch of B
-// independent problems. u_i = x_scale_i x_i and v_k = centroid_scale_k c_k, scales of null being 1.
+// The signatures of nearest, lloyd, centroid_update, top_k and plus_plus. All have a leading batch
+// of B independent problems. u_i = x_scale_i x_i and v_k = centroid_scale_k c_k, scales of null
+// being 1.
 
 #include "core/pair_softmax.h"
 
@@ -55,6 +56,30 @@ struct TopK {
     const float* y_scale;  // [B, M] or null
     float* distances;      // [B, N, k]
     std::int64_t* indices;
+    int threads;
+    void* workspace;
+};
+
+// Greedy k-means++ among rows that were drawn by their closest distances: again and again the first
+// `each` candidates whose row's closest distance is still at least their limit are compared, and
+// the one that lowers sum(weight * closest) most is chosen, until too few are left.
+struct PlusPlus {
+    Dtype dtype;
+    std::int64_t b, n, t, d;
+    std::int64_t each;             // candidates for each choice, at most T
+    std::int64_t room;             // pairs of a row and a closer candidate that are kept; of more,
+                                   // the first choice alone is made
+    Batch x;                       // [B, N, D]
+    Batch candidates;              // [B, T, D], the rows that were drawn
+    const float* x_scale;          // [B, N] or null
+    const float* candidate_scale;  // [B, T] or null
+    const float* weight;           // [B, N] or null: 1
+    const std::int64_t* lengths;   // [B] or null: N
+    const std::int64_t* drawn;     // [B, T], each below its length
+    const double* limits;          // [B, T], at first not above the closest distances
+    const std::int64_t* wanted;    // [B]: choices at most
+    float* closest;                // [B, N]: squared distances from what is chosen, kept up to date
+    std::int64_t* chosen;          // [B, T / each]: the rows, -1 after the last
     int threads;
     void* workspace;
 };

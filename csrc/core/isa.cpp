@@ -19,10 +19,12 @@ namespace ssl_fast {
     extern const Kernels<Nearest> nearest_##isa;                             \
     extern const Kernels<CentroidUpdate> centroid_update_##isa;              \
     extern const Kernels<TopK> top_k_##isa;                                  \
+    extern const Kernels<PlusPlus> plus_plus_##isa;                          \
     extern const Kernels<Mae> mae_##isa;                                     \
     extern const Kernels<KlDivergence> kl_divergence_##isa;                  \
     extern const Kernels<L2Sp> l2_sp_##isa;                                  \
     extern const Kernels<LinearReconstruction> linear_reconstruction_##isa;  \
+    extern const Kernels<Reconstruction> reconstruction_##isa;               \
     extern const PeakKernels peak_##isa;
 SSL_FAST_TABLES(baseline)
 #if defined(SSL_FAST_HAVE_AVX2)
@@ -90,10 +92,12 @@ bool has_amx_bf16() { return false; }
      &nearest_##isa,                              \
      &centroid_update_##isa,                      \
      &top_k_##isa,                                \
+     &plus_plus_##isa,                            \
      &mae_##isa,                                  \
      &kl_divergence_##isa,                        \
      &l2_sp_##isa,                                \
      &linear_reconstruction_##isa,                \
+     &reconstruction_##isa,                       \
      &peak_##isa}
 
 const Isa ISAS[] = {

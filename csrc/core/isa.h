@@ -11,6 +11,7 @@
 #include "core/mae.h"
 #include "core/pair_sigmoid.h"
 #include "core/pair_softmax.h"
+#include "core/reconstruction.h"
 
 namespace ssl_fast {
 
@@ -32,10 +33,12 @@ struct Isa {
     const Kernels<Nearest>* nearest;
     const Kernels<CentroidUpdate>* centroid_update;
     const Kernels<TopK>* top_k;
+    const Kernels<PlusPlus>* plus_plus;
     const Kernels<Mae>* mae;
     const Kernels<KlDivergence>* kl_divergence;
     const Kernels<L2Sp>* l2_sp;
     const Kernels<LinearReconstruction>* linear_reconstruction;
+    const Kernels<Reconstruction>* reconstruction;
     const PeakKernels* peak;
 };
 

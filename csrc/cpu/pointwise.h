@@ -46,7 +46,7 @@ inline Terms bce_with_logits_terms(Vec x, Vec t, Vec w) {
             select_greater(x, zero, rest - factor * small, below)};
 }
 
-// `parameter` is smooth_l1's beta (0 makes it l1) or huber's delta. The sign of NaN is NaN.
+// `parameter` is smooth_l1's beta or huber's delta.
 template <Kind KIND>
 inline Terms terms(Vec x, Vec t, float parameter) {
     const Vec zero = broadcast(0.0f), one = broadcast(1.0f), half = broadcast(0.5f);
@@ -59,11 +59,13 @@ inline Terms terms(Vec x, Vec t, float parameter) {
     }
     const Vec d = x - t, size = max(zero - d, d);
     if constexpr (KIND == Kind::mse) return {d * d, d + d};
-    const Vec sign = select_greater(d, zero, one, select_greater(zero, d, zero - one, d));
+    // Of NaN, l1's sign is 0 in torch, the others' NaN.
+    const Vec neither = KIND == Kind::l1 ? zero : d;
+    const Vec sign = select_greater(d, zero, one, select_greater(zero, d, zero - one, neither));
     if constexpr (KIND == Kind::l1) return {size, sign};
     const Vec limit = broadcast(parameter);
     if constexpr (KIND == Kind::smooth_l1) {
-        // Where beta is 0 nothing is below it, and neither quotient is used.
+        // Where beta is 0 nothing is below it, and the quotient is not used.
         const Vec scaled = d / limit;
         return {select_greater(limit, size, half * d * scaled, size - half * limit),
                 select_greater(limit, size, scaled, sign)};

@@ -10,6 +10,7 @@ from torch import Tensor
 from ssl_fast.backends.reference.pairs import accumulation_dtype
 from ssl_fast.cluster.empty import farthest, relocate, split
 from ssl_fast.cluster.problem import Problem, means
+from ssl_fast.cluster.rows import parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,8 +86,11 @@ def squared_shift(
 ) -> Tensor:
     """The squared way of all centroids of a problem, float64 [B]."""
     wide = accumulation_dtype(new)
-    moved = new.to(wide) - old.to(wide)
-    return moved.square_().sum(2, dtype=torch.float64).sum(1)
+    ways = new.new_empty(new.shape[:2], dtype=torch.float64)
+    for problems, part in parts(*new.shape):
+        moved = new[problems, part].to(wide) - old[problems, part].to(wide)
+        ways[problems, part] = moved.square_().sum(2, dtype=torch.float64)
+    return ways.sum(1)
 
 
 def _keep(active: Tensor, new: Tensor, old: Tensor | None) -> Tensor:
@@ -125,6 +129,7 @@ def run(
         found, distances, sums, weights = problem.lloyd(centroids, lengths, watched)
         filled = fill_empty(problem, centroids, found, sums, weights, active, rules)
         new = means(sums, filled, centroids, problem.cosine)
+        del sums  # as large as all that is made until the next ones
         labels, counts = _keep(active, found, labels), _keep(active, weights, counts)
         del found
         shift = squared_shift(new, centroids)
@@ -134,7 +139,7 @@ def run(
         if rules.callback is not None:
             rules.callback(Iteration(iteration, problem.total(distances), shift, centroids))
         # Else they would still be there when the next ones are made.
-        del distances, sums, weights, filled, new
+        del distances, weights, filled, new
         active = active & (shift > rules.threshold)
         remaining = int(active.sum())
         if remaining == 0:

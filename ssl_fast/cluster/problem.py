@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from ssl_fast.backends.reference.pairs import accumulation_dtype
-from ssl_fast.cluster.rows import inverse_norms, ordered_sum, select, squared_differences
+from ssl_fast.cluster.rows import (
+    inverse_norms,
+    ordered_sum,
+    parts,
+    select,
+    squared_differences,
+)
 from ssl_fast.ops import centroid_update as update_op
 from ssl_fast.ops import nearest as nearest_op
 
@@ -85,13 +91,6 @@ class Problem(NamedTuple):
         """The squared distances [B, N] of rows whose labels are known."""
         scale = self.centroid_scale(centroids)
         return squared_differences(self.x, centroids, labels, self.x_scale, scale)
-
-    def norms(self) -> Tensor:
-        """The squared norms of the scaled rows, [B, N]; 0 for padding."""
-        origin = self.x.new_zeros(self.x.shape[0], 1, self.x.shape[2])
-        return nearest_op.nearest(
-            self.x, origin, x_scale=self.x_scale, lengths=self.lengths, backend=self.backend
-        )[1]
 
     def scaled_rows(
         self,
@@ -178,6 +177,11 @@ def means(
 
     The sums are overwritten.
     """
-    weights = counts.unsqueeze(2)
-    found = unit(sums) if cosine else sums.div_(weights)
-    return torch.where(weights > 0.0, found.to(previous.dtype), previous)
+    new = torch.empty_like(previous)
+    for problems, part in parts(*previous.shape):
+        weights = counts[problems, part].unsqueeze(2)
+        some = sums[problems, part]
+        found = unit(some) if cosine else some.div_(weights)
+        rounded = found.to(previous.dtype)
+        new[problems, part] = torch.where(weights > 0.0, rounded, previous[problems, part])
+    return new

@@ -10,6 +10,7 @@ stores a logit. Sizes, offsets and tails are treated as in pair_softmax_kernels.
 import triton
 import triton.language as tl
 
+from ssl_fast.backends.triton.pointwise_kernels import log1p
 from ssl_fast.backends.triton.tiles import (
     LOG2_E,
     kept_pairs,
@@ -24,26 +25,9 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _log1p(t):
-    """log(1 + t) for t from 0 to 1, within 2e-7 of itself.
-
-    t (1 + t Q(t)), Q fitted to relative error: tl.log(1 + t) would lose a small t altogether, and
-    the interpreter has no libdevice, where a log1p is.
-    """
-    q = 0.00536482 * t - 0.03006576
-    q = q * t + 0.07920449
-    q = q * t - 0.13753799
-    q = q * t + 0.19153653
-    q = q * t - 0.24857163
-    q = q * t + 0.33321323
-    q = q * t - 0.49999648
-    return t + t * (t * q)
-
-
-@triton.jit
 def _softplus(exponents, powers):
     """log(1 + 2^x) from x and 2^-|x|, exact in relative terms near zero."""
-    return tl.maximum(exponents, 0.0) * LN_2 + _log1p(powers)
+    return tl.maximum(exponents, 0.0) * LN_2 + log1p(powers)
 
 
 @triton.jit
