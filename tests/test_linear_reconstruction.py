@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from conftest import thread_counts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from plain_reconstruction import BY_WEIGHT, KINDS
 from tolerances import assert_near
 
 import ssl_fast
 from ssl_fast.backends.reference import linear_reconstruction as reference
 from ssl_fast.backends.reference import pairs
 
-KINDS = ("mse", "l1", "smooth_l1", "huber", "bce", "bce_with_logits")
 # (N, H, D)
 SHAPES = [
     (1, 1, 1), (5, 3, 7), (2, 1, 70), (97, 65, 66), (33, 200, 130), (200, 30, 64), (96, 64, 128),
@@ -60,7 +60,7 @@ def plain_loss(x, w, b, t, kind="mse", reduction="mean", weight=None, mask=None,
         return losses
     if reduction == "sum":
         return losses.sum()
-    return losses.sum() / (kept if kind.startswith("bce") else scale * kept).sum()
+    return losses.sum() / (scale * kept if kind in BY_WEIGHT else kept).sum()
 
 
 def exact_of(x, w, b, t, factor=1.0, **options):
@@ -181,9 +181,7 @@ def test_targets_of_other_dtypes(backend, dtype):
     mask = torch.rand(97, 130) < 0.5
     found = value_and_grads(x, w, b, pixels, backend=backend, mask=mask, **options)
     assert_agrees(found, exact_of(x, w, b, pixels.double() / 127.5 - 1.0, mask=mask), dtype)
-    found = value_and_grads(
-        x, w, b, pixels, backend=backend, kind="bce", target_scale=1 / 255
-    )
+    found = value_and_grads(x, w, b, pixels, backend=backend, kind="bce", target_scale=1 / 255)
     assert_agrees(found, exact_of(x, w, b, pixels.double() / 255, kind="bce"), dtype)
 
 
@@ -295,6 +293,8 @@ def test_losses_near_zero_keep_their_digits(backend):
     t = (outputs + 1e-4 * torch.randn(100, 70)).float()
     loss = value_and_grads(x, w, b, t, backend=backend)[0]
     torch.testing.assert_close(loss.double(), exact_of(x, w, b, t)[0], rtol=1e-4, atol=0.0)
+    if backend == "reference":
+        return  # torch's formula of bce has none left
     sure = torch.full((70,), 20.0)
     loss = value_and_grads(x, w, sure, torch.ones(100, 70), backend=backend, kind="bce")[0]
     exact = exact_of(x, w, sure, torch.ones(100, 70), kind="bce")[0]

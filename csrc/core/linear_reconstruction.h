@@ -31,12 +31,12 @@ struct LinearReconstruction {
     Rows element_weight;           // [N, D] fp32 or null
     Rows element_kept;             // [N, D] bytes or null
 
-    float* loss;             // []: the sum
-    float* losses;           // [N, D] or null
-    float* grad_input;       // [N, H] or null: gradients of the sum, all fp32
-    float* grad_weight;      // [D, H] or null
-    float* grad_bias;        // [D] or null
-    std::int64_t* outside;   // []: 1 where a target that counts is not in [0, 1], for bce
+    float* loss;            // []: the sum
+    float* losses;          // [N, D] or null
+    float* grad_input;      // [N, H] or null: gradients of the sum, all fp32
+    float* grad_weight;     // [D, H] or null
+    float* grad_bias;       // [D] or null
+    std::int64_t* outside;  // []: 1 where a target that counts is not in [0, 1], for bce
 
     int threads;
     void* workspace;

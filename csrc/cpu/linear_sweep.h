@@ -92,11 +92,10 @@ class LinearSweep {
         const bool own_unit = !by_rows_ || !kept_, own_groups = by_rows_ || !kept_;
         own_unit_ = own_unit ? arena.take<float>(unit_floats()) : nullptr;
         own_groups_ = own_groups ? arena.take<float>(height_ * group_floats()) : nullptr;
-        own_sums_ = arena.take<float>(by_rows_ && c_.grad_input != nullptr
-                                          ? height_ * GROUP * padded_h_
-                                      : !by_rows_ && c_.grad_weight != nullptr
-                                          ? unit_ * sum_rows_ * LANES
-                                          : 0);
+        own_sums_ =
+            arena.take<float>(by_rows_ && c_.grad_input != nullptr     ? height_ * GROUP * padded_h_
+                              : !by_rows_ && c_.grad_weight != nullptr ? unit_ * sum_rows_ * LANES
+                                                                       : 0);
         tiles_ = arena.take<float>(height_ * unit_ * TILE);
         strips_ = arena.take<Weight>(Path::BF16 ? height_ * unit_ * TILE : 0);
         pairs_ = arena.take<float>(Path::BF16 ? height_ * unit_ * TILE / 2 : 0);
@@ -217,14 +216,13 @@ class LinearSweep {
                                packed + s * sub_floats());
             if (c_.grad_input == nullptr) continue;
             for (int64_t column = 0; column < padded_h_; column += LANES)
-                Path::pack_weighted(rows_ + column, padded_h_, ones_,
-                                    const_cast<float*>(weighted(packed, column)) +
-                                        s * Path::WEIGHTED_FLOATS);
+                Path::pack_weighted(
+                    rows_ + column, padded_h_, ones_,
+                    const_cast<float*>(weighted(packed, column)) + s * Path::WEIGHTED_FLOATS);
         }
     }
     const float* weighted(const float* packed_unit, int64_t column) const {
-        return packed_unit + unit_ * sub_floats() +
-               column / LANES * unit_ * Path::WEIGHTED_FLOATS;
+        return packed_unit + unit_ * sub_floats() + column / LANES * unit_ * Path::WEIGHTED_FLOATS;
     }
 
     // ---- one tile, and the products of its slopes

@@ -3,77 +3,56 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_fast.backends.dispatch import BACKENDS
 from ssl_fast.backends.reference.pairs import accumulation_dtype
-from ssl_fast.backends.reference.pointwise import KINDS
-from ssl_fast.losses.contrastive import check_choice, describe
+from ssl_fast.losses.contrastive import DTYPES, describe
 from ssl_fast.losses.linear_gram import gram_sum
+from ssl_fast.losses.pointwise import (
+    BY_WEIGHT,
+    accept_parameter,
+    check_floating,
+    check_line,
+    check_rules,
+)
 from ssl_fast.ops.linear_reconstruction import TARGETS, linear_reconstruction
 from ssl_fast.ops.registration import autocast_is_on
 
 __all__ = ["LinearReconstructionLoss", "linear_reconstruction_loss"]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-REDUCTIONS = ("none", "mean", "sum")
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (float, int, Real)):
-        raise TypeError(f"{name} must be a number; got {describe(value)}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite; got {value}")
-    return float(value)
-
 
 def _check_options(
     kind: Any, reduction: Any, delta: Any, beta: Any, gram: Any, backend: Any
-) -> float:
-    """The number that the kind takes, delta or beta."""
-    check_choice("kind", kind, KINDS)
-    check_choice("reduction", reduction, REDUCTIONS)
-    delta, beta = _number("delta", delta), _number("beta", beta)
-    if not delta > 0.0:
-        raise ValueError(f"delta must be greater than 0; got {delta}")
-    if beta < 0.0:
-        raise ValueError(f"beta must be 0 or more; got {beta}")
+) -> tuple[str, float]:
+    """The kind and its number."""
+    check_rules(kind, reduction, backend)
     if not isinstance(gram, bool):
         raise TypeError(f"gram must be True or False; got {describe(gram)}")
-    if backend is not None:
-        check_choice("backend", backend, BACKENDS)
     if gram and (kind != "mse" or reduction == "none"):
         raise ValueError(
             "gram=True needs kind 'mse' and reduction 'mean' or 'sum'; got "
             f"{kind!r} and {reduction!r}"
         )
-    return delta if kind == "huber" else beta
+    return accept_parameter(kind, delta, beta)
 
 
-def _floating(name: str, value: Any, shape: str) -> Tensor:
+def _floating(name: str, value: Any) -> Tensor:
     """A dense floating tensor, in autocast's dtype where autocast is on."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor {shape}; got {describe(value)}")
-    if value.dtype not in DTYPES:
-        raise TypeError(
-            f"{name} must be float32, bfloat16, float16 or float64; got {describe(value)}"
-        )
-    if value.layout is not torch.strided:
-        raise TypeError(f"{name} must be a dense tensor; got layout {value.layout}")
-    if value.dtype is torch.float64 or not autocast_is_on(value.device.type):
-        return value
-    return value.to(torch.get_autocast_dtype(value.device.type))
+    check_floating(name, value)
+    tensor: Tensor = value
+    if tensor.dtype is torch.float64 or not autocast_is_on(tensor.device.type):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def _layer(input: Any, linear_weight: Any, linear_bias: Any) -> tuple[Tensor, Tensor, Any]:
     """The layer's tensors, of one dtype and on one device."""
-    rows = _floating("input", input, "[*, H]")
-    columns = _floating("linear_weight", linear_weight, "[D, H]")
+    rows = _floating("input", input)
+    columns = _floating("linear_weight", linear_weight)
     if rows.dim() < 1 or rows.shape[-1] < 1:
         raise ValueError(f"input must have shape [*, H], H at least 1; got {tuple(rows.shape)}")
     wanted: list[tuple[str, Tensor, tuple[int, ...]]] = []
@@ -85,15 +64,13 @@ def _layer(input: Any, linear_weight: Any, linear_bias: Any) -> tuple[Tensor, Te
     wanted.append(("linear_weight", columns, tuple(columns.shape)))
     bias = None
     if linear_bias is not None:
-        bias = _floating("linear_bias", linear_bias, "[D]")
+        bias = _floating("linear_bias", linear_bias)
         wanted.append(("linear_bias", bias, (columns.shape[0],)))
     for name, value, shape in wanted:
         if value.shape != shape:
             raise ValueError(f"{name} must have shape {shape}; got {tuple(value.shape)}")
         if value.dtype is not rows.dtype:
-            raise TypeError(
-                f"{name} must have the dtype of input, {rows.dtype}; got {value.dtype}"
-            )
+            raise TypeError(f"{name} must have the dtype of input, {rows.dtype}; got {value.dtype}")
         if value.device != rows.device:
             raise ValueError(
                 f"{name} must be on the device of input, {rows.device}; got {value.device}"
@@ -139,23 +116,24 @@ def _per_element(name: str, value: Any, target: Tensor, rows: Tensor) -> Tensor 
             f"{describe(value)}"
         )
     full, leading = target.shape, target.shape[:-1]
-    if value.shape != full and value.shape != leading:
+    if value.shape not in (full, leading):
         raise ValueError(
             f"{name} must have shape {tuple(full)} or {tuple(leading)}; got {tuple(value.shape)}"
         )
     _beside(name, value, rows)
-    if name == "mask":
-        value = value if value.dtype is torch.bool else value != 0
-    else:
-        value = value.to(accumulation_dtype(rows))
-    return value.reshape(math.prod(leading), full[-1]) if value.shape == full else value.reshape(-1)
+    each: Tensor = value
+    if name != "mask":
+        each = each.to(accumulation_dtype(rows))
+    elif each.dtype is not torch.bool:
+        each = each != 0
+    return each.reshape(math.prod(leading), full[-1]) if each.shape == full else each.reshape(-1)
 
 
 def _counted(
     kind: str, shape: torch.Size, weight: Tensor | None, mask: Tensor | None, dtype: torch.dtype
 ) -> Tensor | float:
     """What a mean divides by: the weights, or the elements, that the mask keeps."""
-    if weight is None or kind.startswith("bce"):
+    if weight is None or kind not in BY_WEIGHT:
         if mask is None:
             return float(shape[0] * shape[1])
         count = mask.sum(dtype=torch.float64)
@@ -201,16 +179,17 @@ def linear_reconstruction_loss(
             these names. "bce" too takes the layer's output for logits (its sigmoid is part of the
             loss), and differs from "bce_with_logits" in that targets are checked.
         reduction: "mean", "sum" or "none" (each loss, [*, D], whose gradient takes the products
-            again). A weighted mean divides by the sum of the weights; that of the bce kinds, as in
-            torch, by the number of elements.
+            again). A weighted mean divides by the sum of the weights; that of huber and the bce
+            kinds, as in torch, by the number of elements.
         weight: multiplies each loss, [*, D], or those of each row, [*]. It gets no gradient.
         mask: boolean or 0/1, [*, D] or [*]: what is False is not counted, whatever the target
             holds there, nor, where a row is left out altogether, its input.
         pos_weight: [D], of the bce kinds: multiplies the part of the positive answer.
         delta: huber's, greater than 0.
         beta: smooth_l1's, 0 (l1) or more.
-        target_scale, target_shift: the target is read as ``target * target_scale + target_shift``:
-            1 / 255 for bytes of a picture.
+        target_scale: the target is read as ``target * target_scale + target_shift``: 1 / 255 for
+            bytes of a picture.
+        target_shift: see target_scale.
         gram: opt in to the sum of squares by Gram matrices, x (W^T W) x - 2 x (t W) + t^2: two
             large products in place of three, where D or N is much larger than H. Its terms cancel:
             the value has an absolute error of about 1e-7 (fp32) of the mean squares of output and
@@ -233,8 +212,8 @@ def linear_reconstruction_loss(
             outside [0, 1] (on a CPU).
         RuntimeError: ``backend`` can't serve this call.
     """
-    parameter = _check_options(kind, reduction, delta, beta, gram, backend)
-    scale, shift = _number("target_scale", target_scale), _number("target_shift", target_shift)
+    kind, parameter = _check_options(kind, reduction, delta, beta, gram, backend)
+    scale, shift = check_line(target_scale, target_shift)
     layer, columns, bias = _layer(input, linear_weight, linear_bias)
     outputs, depth = columns.shape
     _check_target(target, layer, outputs)
@@ -261,7 +240,8 @@ def linear_reconstruction_loss(
         return loss
     count = _counted(kind, goal.shape, weights, kept, loss.dtype)
     if isinstance(count, float):
-        return loss / count if count else loss * math.nan
+        # Of nothing NaN, as in torch, whose gradient is 0.
+        return loss / count if count else loss + math.nan
     empty = count == 0
     return loss * torch.where(empty, 0.0, torch.where(empty, 1.0, count).reciprocal())
 
@@ -304,8 +284,7 @@ class LinearReconstructionLoss(nn.Module):
     ) -> None:
         super().__init__()
         _check_options(kind, reduction, delta, beta, gram, backend)
-        _number("target_scale", target_scale)
-        _number("target_shift", target_shift)
+        check_line(target_scale, target_shift)
         linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self.in_features = in_features
         self.out_features = out_features

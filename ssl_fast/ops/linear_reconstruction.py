@@ -57,9 +57,7 @@ def _check(
         )
     rows, depth = input.shape
     if linear_weight.dim() != 2:
-        raise ValueError(
-            f"linear_weight must have shape [D, H]; got {tuple(linear_weight.shape)}"
-        )
+        raise ValueError(f"linear_weight must have shape [D, H]; got {tuple(linear_weight.shape)}")
     outputs = linear_weight.shape[0]
     check_tensor("linear_weight", linear_weight, (outputs, depth), input.dtype, input)
     check_tensor("linear_bias", linear_bias, (outputs,), input.dtype, input)
@@ -114,7 +112,9 @@ class _Rules(NamedTuple):
 
     def formula(self, *tensors: Any, needs: Sequence[bool]) -> tuple[Tensor, ...]:
         """The reference's gradients of what the tensors say, differentiable."""
-        return reference.made(*tensors, *self, False, *needs)[1:]
+        made: Any = reference.made
+        gradients: tuple[Tensor, ...] = made(*tensors, *self, False, *needs)[1:]
+        return gradients
 
 
 def _weigh(weight: Tensor, grads: Sequence[Tensor], dtypes: Sequence[Any]) -> tuple[Tensor, ...]:

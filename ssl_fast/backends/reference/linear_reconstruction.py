@@ -5,16 +5,13 @@ Differentiable torch without in-place writes, in chunks of rows, as reference/pa
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ssl_fast.backends.reference.pairs import accumulation_dtype, chunks
-from ssl_fast.backends.reference.pointwise import pointwise
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from ssl_fast.backends.reference.pointwise import pointwise, slope
 
 __all__ = ["check_probabilities", "linear_reconstruction", "made"]
 
@@ -31,35 +28,49 @@ def check_probabilities(target: Tensor, mask: Tensor | None, scale: float, shift
         raise ValueError("target must be between 0 and 1 for bce; got numbers outside")
 
 
-def _of_chunk(
-    target: Tensor,  # [n, D]
+class _Chunk(NamedTuple):
+    """Losses [n, D] of a chunk's rows, what they are derived by, and the rows that count [n, H]."""
+
+    losses: Tensor
+    slopes: Tensor | None
+    rows: Tensor
+
+
+def _chunk(
+    rows: Tensor,  # [n, H]
+    linear_weight: Tensor,  # [D, H]
+    linear_bias: Tensor | None,  # [D]
+    goal: Tensor,  # [n, D]
     weight: Tensor | None,  # [n] or [n, D]
     mask: Tensor | None,  # [n] or [n, D]
     pos_weight: Tensor | None,  # [D]
     kind: str,
     parameter: float,
-) -> Callable[..., Tensor]:
-    """The losses [n, D] of a chunk's rows, as a function of input, weight and bias."""
+    needed: bool,
+) -> _Chunk:
     formula = "bce_with_logits" if kind == "bce" else kind
+    kept = None
+    if mask is not None:
+        kept = mask if mask.dim() == 2 else mask[:, None]
+        # A row that counts nowhere may hold NaN: 0 times it would be NaN.
+        rows = torch.where(kept.any(dim=1, keepdim=True), rows, 0.0)
+        goal = torch.where(kept, goal, 0.0)
+    outputs = rows @ linear_weight.T
+    if linear_bias is not None:
+        outputs = outputs + linear_bias
+    if kept is not None:
+        outputs = torch.where(kept, outputs, 0.0)
 
-    def losses(rows: Tensor, linear_weight: Tensor, bias: Tensor | None) -> Tensor:
-        goal, kept = target, None
-        if mask is not None:
-            kept = mask if mask.dim() == 2 else mask[:, None]
-            # A row that counts nowhere may hold NaN: 0 times it would be NaN.
-            rows = torch.where(kept.any(dim=1, keepdim=True), rows, 0.0)
-            goal = torch.where(kept, goal, 0.0)
-        outputs = rows @ linear_weight.T
-        if bias is not None:
-            outputs = outputs + bias
-        if kept is not None:
-            outputs = torch.where(kept, outputs, 0.0)
-        found = pointwise(formula, outputs, goal, parameter=parameter, pos_weight=pos_weight)
+    def weighed(values: Tensor) -> Tensor:
         if weight is not None:
-            found = found * (weight if weight.dim() == 2 else weight[:, None])
-        return found if kept is None else torch.where(kept, found, 0.0)
+            values = values * (weight if weight.dim() == 2 else weight[:, None])
+        return values if kept is None else torch.where(kept, values, 0.0)
 
-    return losses
+    options: Any = {"parameter": parameter, "pos_weight": pos_weight}
+    losses = weighed(pointwise(formula, outputs, goal, **options))
+    return _Chunk(
+        losses, weighed(slope(formula, outputs, goal, **options)) if needed else None, rows
+    )
 
 
 def made(
@@ -92,27 +103,26 @@ def made(
     grad_input, grad_weight = [rows[:0]], torch.zeros_like(columns)
     grad_bias = columns.new_zeros(columns.shape[0])
     for start, stop in chunks(rows.shape[0], columns.shape[0], rows.element_size()):
-        losses = _of_chunk(
+        chunk = _chunk(
+            rows[start:stop],
+            columns,
+            bias,
             goal[start:stop],
             None if weight is None else weight[start:stop],
             None if mask is None else mask[start:stop],
             None if pos_weight is None else pos_weight.to(wide),
             kind,
             parameter,
+            needed,
         )
-        own = rows[start:stop]
-        if needed:
-            at = bias if bias is not None else torch.zeros_like(grad_bias)
-            results, pullback, *_ = torch.func.vjp(losses, own, columns, at)
-            by_input, by_weight, by_bias = pullback(torch.ones_like(results))
-            grad_input.append(by_input)
-            grad_weight, grad_bias = grad_weight + by_weight, grad_bias + by_bias
-        else:
-            results = losses(own, columns, bias)
+        if chunk.slopes is not None:
+            grad_input.append(chunk.slopes @ columns)
+            grad_weight = grad_weight + chunk.slopes.T @ chunk.rows
+            grad_bias = grad_bias + chunk.slopes.sum(dim=0)
         if elements:
-            found.append(results)
+            found.append(chunk.losses)
         else:
-            sums.append(results.sum(dtype=torch.float64))
+            sums.append(chunk.losses.sum(dtype=torch.float64))
     loss = torch.cat(found) if elements else torch.stack(sums).sum().to(wide)
     return (
         loss,

@@ -10,55 +10,17 @@ its columns; sizes, offsets and tails are treated as in pair_softmax_kernels.
 import triton
 import triton.language as tl
 
-from ssl_fast.backends.triton.pair_sigmoid_kernels import _log1p
-from ssl_fast.backends.triton.tiles import LOG2_E, tile_products
+from ssl_fast.backends.triton.pointwise_kernels import terms
+from ssl_fast.backends.triton.tiles import tile_products
 
-# Places in the reference's KINDS; bce, of logits here, comes as bce_with_logits.
-MSE, L1, SMOOTH_L1, HUBER = (tl.constexpr(i) for i in range(4))
 # What a tile leaves beside its sums.
 NOTHING, LOSSES, SLOPES = (tl.constexpr(i) for i in range(3))
 # How far a weight or a mask reaches.
 ABSENT, ROWS, ELEMENTS = (tl.constexpr(i) for i in range(3))
 
 
-@triton.jit
-def _terms(x, t, positive, parameter, KIND: tl.constexpr, POSITIVE: tl.constexpr):
-    """The loss and its derivative by x, as in csrc/cpu/pointwise.h."""
-    d = x - t
-    size = tl.abs(d)
-    sign = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
-    if KIND == MSE:
-        loss = d * d
-        slope = d + d
-    elif KIND == L1:
-        loss = size
-        slope = sign
-    elif KIND == SMOOTH_L1:
-        # where beta is 0 nothing is below it, and neither quotient is used
-        loss = tl.where(size < parameter, 0.5 * d * d / parameter, size - 0.5 * parameter)
-        slope = tl.where(size < parameter, d / parameter, sign)
-    elif KIND == HUBER:
-        loss = tl.where(size < parameter, 0.5 * d * d, parameter * (size - 0.5 * parameter))
-        slope = tl.where(size < parameter, d, parameter * sign)
-    else:
-        # the terms that cancel where the loss is near 0 are never made
-        power = tl.exp2(-tl.abs(x) * LOG2_E)
-        share = 1.0 / (1.0 + power)
-        small = power * share
-        rest = 1.0 - t
-        if POSITIVE:
-            factor = 1.0 + (positive - 1.0) * t
-            below = small - t * (1.0 + (positive - 1.0) * share)
-            loss = tl.where(x > 0, rest * x, (x - x) - t * positive * x) + factor * _log1p(power)
-            slope = tl.where(x > 0, rest - factor * small, below)
-        else:
-            loss = tl.where(x > 0, rest * x, (x - x) - t * x) + _log1p(power)
-            slope = tl.where(x > 0, rest - small, small - t)
-    return loss, slope
-
-
 @triton.jit(do_not_specialize=["row_begin", "row_end", "column_begin"])
-def losses_kernel(
+def losses_kernel(  # noqa: PLR0915
     query,  # [N, H], the input
     key,  # [D, H], the layer's weight
     bias,  # [D] fp32, read with HAS_BIAS
@@ -98,13 +60,11 @@ def losses_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr,
 ):
-    """One tile: row_parts gets its sums over columns of the losses, column_parts those over rows
-    of the slopes.
+    """One tile: row_parts gets its losses summed over columns, column_parts its slopes over rows.
 
     The slopes are stored times both factors (fp16's range is too small without).
     """
     row_tiles = tl.cdiv(row_end - row_begin, BLOCK_ROWS)
-    column_tiles = tl.cdiv(column_end - column_begin, BLOCK_COLUMNS)
     program = tl.program_id(0)
     row_tile = program % row_tiles
     column_tile = program // row_tiles
@@ -136,14 +96,16 @@ def losses_kernel(
     positive = 1.0
     if POSITIVE:
         positive = tl.load(pos_weight + safe_columns)[None, :]
-    loss, slope = _terms(x, goal, positive, parameter, KIND, POSITIVE)
+    loss, slope = terms(x, goal, positive, parameter, KIND, POSITIVE)
     if WEIGHT == ROWS:
         factor = tl.load(weight + safe_rows)[:, None]
         loss *= factor
         slope *= factor
     elif WEIGHT == ELEMENTS:
         factor = tl.load(
-            weight + safe_rows[:, None] * weight_stride + safe_columns[None, :], mask=kept, other=0.0
+            weight + safe_rows[:, None] * weight_stride + safe_columns[None, :],
+            mask=kept,
+            other=0.0,
         )
         loss *= factor
         slope *= factor
@@ -156,9 +118,7 @@ def losses_kernel(
     tl.store(row_parts + column_tile.to(tl.int64) * height + strip_rows, tl.sum(loss, 1))
     if LEAVES == LOSSES:
         places = rows.to(tl.int64)[:, None] * strip_width + columns[None, :]
-        tl.store(
-            strip + places, loss, mask=inside_rows[:, None] & inside_columns[None, :]
-        )
+        tl.store(strip + places, loss, mask=inside_rows[:, None] & inside_columns[None, :])
     elif LEAVES == SLOPES:
         slope = tl.where(kept, slope, 0.0)
         tl.store(
