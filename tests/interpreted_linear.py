@@ -23,17 +23,21 @@ from plain_reconstruction import KINDS
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 5, 3), (70, 33, 130), (130, 20, 70)], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (7, 5, 3)], ids=str)
+@pytest.mark.parametrize("kind", ["mse", "bce_with_logits"])
 def test_values_and_gradients(kind, shape, dtype, poisoned_memory):
     of.test_values_and_gradients("triton", shape, kind, dtype)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_tiles(kind):
+    of.test_values_and_gradients("triton", (70, 33, 70), kind, torch.float32)
+
+
 @pytest.mark.parametrize("kind", ["mse", "bce_with_logits"])
 def test_options(kind):
-    for weight_of in (None, "rows", "elements"):
-        for mask_of in (None, "rows", "elements"):
-            of.test_weights_and_masks("triton", weight_of, mask_of, kind, "mean")
+    for weight_of, mask_of in ((None, "rows"), ("rows", "elements"), ("elements", None)):
+        of.test_weights_and_masks("triton", weight_of, mask_of, kind, "mean")
     of.test_reduction_none_with_any_gradient("triton", torch.float32, kind)
 
 
