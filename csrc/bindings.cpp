@@ -225,6 +225,7 @@ PYBIND11_MODULE(_native, module) {
     bind_prepared<PairSoftmaxSymmetric>(module, "PairSoftmaxSymmetric");
     bind_prepared<PairSigmoid>(module, "PairSigmoid");
     bind_clustering(module);
+    bind_linear(module);
     bind_mae(module);
     bind_reconstruction(module);
     module.def("pair_softmax", &pair_softmax);

@@ -103,6 +103,8 @@ void bind_prepared(py::module_& module, const char* name) {
 
 // The ops of bindings_clustering.cpp.
 void bind_clustering(py::module_& module);
+// The op of bindings_linear.cpp.
+void bind_linear(py::module_& module);
 // The ops of bindings_mae.cpp.
 void bind_mae(py::module_& module);
 // The op of bindings_reconstruction.cpp.

@@ -9,6 +9,10 @@ from ssl_fast.losses.clip import ClipLoss, clip_loss
 from ssl_fast.losses.contrastive import ContrastiveStats
 from ssl_fast.losses.info_nce import InfoNCE, info_nce
 from ssl_fast.losses.l2_sp import l2_sp
+from ssl_fast.losses.linear_reconstruction import (
+    LinearReconstructionLoss,
+    linear_reconstruction_loss,
+)
 from ssl_fast.losses.mae import MAELoss, mae_loss
 from ssl_fast.losses.memory_bank import MemoryBank
 from ssl_fast.losses.nt_xent import NTXentLoss, nt_xent
@@ -26,6 +30,7 @@ __all__ = [
     "InfoNCE",
     "KMeans",
     "KMeansResult",
+    "LinearReconstructionLoss",
     "MAELoss",
     "MemoryBank",
     "MiniBatchKMeans",
@@ -44,6 +49,7 @@ __all__ = [
     "kmeans_update",
     "knn",
     "l2_sp",
+    "linear_reconstruction_loss",
     "mae_loss",
     "nt_xent",
     "reconstruction_loss",

@@ -53,6 +53,10 @@ class L2Sp:
     def workspace_bytes(self) -> int: ...
     def run(self, workspace: int) -> None: ...
 
+class LinearReconstruction:
+    def workspace_bytes(self) -> int: ...
+    def run(self, workspace: int) -> None: ...
+
 def pair_softmax(
     kind: str,
     dtype: int,
@@ -187,6 +191,25 @@ def l2_sp(
     arrays: dict[str, int],
     /,
 ) -> L2Sp: ...
+def linear_reconstruction(
+    kind: int,
+    dtype: int,
+    target_element: int,
+    n: int,
+    h: int,
+    d: int,
+    input: _Rows,
+    linear_weight: _Rows,
+    target: _Rows,
+    element_weight: _Rows | None,
+    element_kept: _Rows | None,
+    parameter: float,
+    target_scale: float,
+    target_shift: float,
+    threads: int,
+    arrays: dict[str, int],
+    /,
+) -> LinearReconstruction: ...
 def compiled_isas() -> list[str]: ...
 def available_isas() -> list[str]: ...
 def active_isa() -> str: ...

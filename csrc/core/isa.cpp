@@ -23,6 +23,7 @@ namespace ssl_fast {
     extern const Kernels<Mae> mae_##isa;                                     \
     extern const Kernels<KlDivergence> kl_divergence_##isa;                  \
     extern const Kernels<L2Sp> l2_sp_##isa;                                  \
+    extern const Kernels<LinearReconstruction> linear_reconstruction_##isa;  \
     extern const Kernels<Reconstruction> reconstruction_##isa;               \
     extern const PeakKernels peak_##isa;
 SSL_FAST_TABLES(baseline)
@@ -95,6 +96,7 @@ bool has_amx_bf16() { return false; }
      &mae_##isa,                                  \
      &kl_divergence_##isa,                        \
      &l2_sp_##isa,                                \
+     &linear_reconstruction_##isa,                \
      &reconstruction_##isa,                       \
      &peak_##isa}
 

@@ -7,6 +7,7 @@
 #include "core/clustering.h"
 #include "core/kl_divergence.h"
 #include "core/l2_sp.h"
+#include "core/linear_reconstruction.h"
 #include "core/mae.h"
 #include "core/pair_sigmoid.h"
 #include "core/pair_softmax.h"
@@ -36,6 +37,7 @@ struct Isa {
     const Kernels<Mae>* mae;
     const Kernels<KlDivergence>* kl_divergence;
     const Kernels<L2Sp>* l2_sp;
+    const Kernels<LinearReconstruction>* linear_reconstruction;
     const Kernels<Reconstruction>* reconstruction;
     const PeakKernels* peak;
 };

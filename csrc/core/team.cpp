@@ -47,6 +47,10 @@ void team_barrier(Team* team) {
         relax(spins);
 }
 
+void team_wait(const std::int64_t* counter, std::int64_t value) {
+    for (int spins = 0; __atomic_load_n(counter, __ATOMIC_ACQUIRE) != value; ++spins) relax(spins);
+}
+
 void run_team(int threads, void (*body)(Team*, void*), void* context) {
     Shared shared;
     if (threads <= 1) {

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstdint>
+
 namespace ssl_fast {
 
 // A group of threads that run one function together. Defined here without inline code, so that a
@@ -12,6 +14,9 @@ struct Team {
 
 // Every member calls it; none goes on before all have arrived.
 void team_barrier(Team* team);
+
+// Returns once a member has stored `value` in the counter, with what it wrote before.
+void team_wait(const std::int64_t* counter, std::int64_t value);
 
 // Runs body(team, context) on `threads` threads and returns when all have finished. One thread runs
 // on the caller and never enters the thread runtime: libgomp hangs in a forked child that

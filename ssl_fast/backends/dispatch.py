@@ -33,6 +33,7 @@ OPS = (
     "reconstruction",
     "kl_divergence",
     "l2_sp",
+    "linear_reconstruction",
 )
 BACKENDS = ("reference", "native", "triton")
 # The first that doesn't refuse serves. The reference refuses nothing, so it ends every list.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 __all__ = [
+    "BY_WEIGHT",
     "accept_mask",
     "accept_parameter",
     "accept_target",
@@ -25,6 +26,7 @@ __all__ = [
     "check_line",
     "check_rules",
     "denominator",
+    "number",
 ]
 
 BINARY = ("bce", "bce_with_logits")
@@ -43,7 +45,8 @@ def check_rules(
         check_choice("backend", backend, BACKENDS)
 
 
-def _number(name: str, value: Any) -> float:
+def number(name: str, value: Any) -> float:
+    """A finite float, or TypeError, ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number; got {describe(value)}")
     if not math.isfinite(value):
@@ -53,7 +56,7 @@ def _number(name: str, value: Any) -> float:
 
 def accept_parameter(kind: str, delta: Any, beta: Any) -> tuple[str, float]:
     """The kind and its parameter: smooth_l1 with a beta of 0 is l1."""
-    delta, beta = _number("delta", delta), _number("beta", beta)
+    delta, beta = number("delta", delta), number("beta", beta)
     if delta <= 0.0:
         raise ValueError(f"delta must be above 0; got {delta}")
     if beta < 0.0:
@@ -65,7 +68,7 @@ def accept_parameter(kind: str, delta: Any, beta: Any) -> tuple[str, float]:
 
 def check_line(target_scale: Any, target_shift: Any) -> tuple[float, float]:
     """Both as floats, or TypeError, ValueError."""
-    return _number("target_scale", target_scale), _number("target_shift", target_shift)
+    return number("target_scale", target_scale), number("target_shift", target_shift)
 
 
 def check_floating(name: str, value: Any) -> None:

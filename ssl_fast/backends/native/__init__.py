@@ -27,6 +27,7 @@ OPS = (
     "reconstruction",
     "kl_divergence",
     "l2_sp",
+    "linear_reconstruction",
 )
 
 

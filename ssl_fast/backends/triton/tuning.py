@@ -21,6 +21,7 @@ OPS = (
     "weights_symmetric",
     "sigmoid_sweep",
     "sigmoid_weights",
+    "linear_reconstruction",
     "nearest",
     "top_k",
 )
@@ -127,6 +128,10 @@ def _more_sixteen_bit(dtype: str) -> Table:
         ("sigmoid_sweep", dtype, 128, "sm_100"): _new(128, 128, 128, 8, 3),
         ("sigmoid_sweep", dtype, ANY_DEPTH, "sm_100"): _new(128, 128, 64, 8, 3),
         ("sigmoid_weights", dtype, ANY_DEPTH, "sm_100"): _new(128, 64, 64, 8, 3),
+        ("linear_reconstruction", dtype, ANY_DEPTH, "sm_80"): _new(128, 64, 64, 8, 3),
+        ("linear_reconstruction", dtype, ANY_DEPTH, "sm_90"): _new(128, 64, 64, 8, 3),
+        ("linear_reconstruction", dtype, ANY_DEPTH, "sm_100"): _new(128, 64, 64, 8, 3),
+        ("linear_reconstruction", dtype, ANY_DEPTH, "generic"): _new(64, 64, 64, 4, 2),
         ("sigmoid_sweep", dtype, ANY_DEPTH, "generic"): _new(64, 64, 64, 4, 2),
         ("sigmoid_weights", dtype, ANY_DEPTH, "generic"): _new(64, 64, 64, 4, 2),
     }
@@ -155,7 +160,7 @@ def _full_precision() -> Table:
     """Rows for fp32: 3×TF32 or TF32 on tensor cores, plain multiply-adds where there are none."""
     table: Table = {}
     for op in OPS:
-        newer = ("sigmoid", "weights_symmetric", "nearest", "top_k")
+        newer = ("sigmoid", "linear", "weights_symmetric", "nearest", "top_k")
         config = _new if op.startswith(newer) else Config
         for architecture in ("sm_80", "sm_90", "sm_100"):
             rows = 64 if op == "top_k" else 128
