@@ -45,6 +45,7 @@ def test_edges():
             of.test_parameters("triton", kind, parameter, torch.float32)
     for shape in ((5,), (3, 1), (2, 3, 5)):
         of.test_pos_weight("triton", shape, torch.float32)
+    of.test_the_input_as_its_own_weight("triton")
     of.test_small_losses_keep_their_digits("triton")
     of.test_small_numbers_in_bce("triton")
     for kind in KINDS:

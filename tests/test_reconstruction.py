@@ -90,6 +90,12 @@ def test_weights_and_masks(backend, kind, shape, reduction, dtype):
     assert_agrees(found, exact_of(x, t, kind, reduction, weight=weight), dtype)
 
 
+def test_the_input_as_its_own_weight(backend):
+    x, t = inputs_of("mse", (3, 500))
+    found = reconstruction_loss(x, t, "mse", "sum", weight=x, backend=backend)
+    assert_near(found, plain_loss("mse", x.double(), t.double(), "sum", weight=x), torch.float32)
+
+
 @pytest.mark.parametrize("kind", ["bce", "bce_with_logits"])
 def test_weights_of_binary_kinds_broadcast(backend, kind):
     x, t = inputs_of(kind, (2, 3, 5))

@@ -82,6 +82,27 @@ def test_a_second_backward_gives_the_same(backend, dtype, factor):
     assert_near(first, y, dtype)
 
 
+def test_gradients_are_their_receivers_to_write_to(backend):
+    x, t = inputs_of("mse", (8, 500))
+    leaf = x.clone().requires_grad_()
+    loss = reconstruction_loss(leaf, t, backend=backend)
+    first, second = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2))
+    wanted = first.clone()
+    first.mul_(3.0)
+    assert torch.equal(second, wanted)
+    assert torch.equal(torch.autograd.grad(loss, leaf)[0], wanted)
+
+
+def test_batched_weights_of_the_loss(backend):
+    x, t = inputs_of("mse", (8, 50))
+    leaf = x.clone().requires_grad_()
+    loss = reconstruction_loss(leaf, t, backend=backend)
+    weights = torch.tensor([1.0, 2.0])
+    (found,) = torch.autograd.grad(loss, leaf, weights, retain_graph=True, is_grads_batched=True)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    assert torch.equal(found, torch.stack([grad, 2.0 * grad]))
+
+
 def test_gradients_add_up(backend):
     x, t = inputs_of("mse", (8, 50))
     leaf = x.clone().requires_grad_()
@@ -99,6 +120,17 @@ def test_small_gradients_survive_fp16(backend):
     loss = reconstruction_loss(leaf, t, backend=backend)
     (grad,) = torch.autograd.grad(loss, leaf, torch.tensor(2.0**22))
     assert_near(grad, 2.0 * (x.double() - t.double()), torch.float16)
+
+
+def test_grad_scaler(backend):
+    """A mean over 2^18 fp16 elements, scaled by 2^16, up and down again."""
+    x, t = inputs_of("mse", (64, 4096), torch.float16)
+    weights = torch.nn.Parameter(x.float())
+    optimizer = torch.optim.SGD([weights], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    scaler.scale(reconstruction_loss(weights.half(), t, backend=backend)).backward()
+    scaler.unscale_(optimizer)
+    assert_near(weights.grad * x.numel(), 2.0 * (x.double() - t.double()), torch.float16)
 
 
 def test_nothing_is_computed_for_what_asks_nothing(backend, monkeypatch):
@@ -170,10 +202,11 @@ def test_in_place_is_honest(backend):
         torch.autograd.grad(loss, leaf, create_graph=True)
     for bad, message in (
         (leaf, "a leaf that requires a gradient"),
-        ((leaf * 1.0).T, "a contiguous input"),
+        ((leaf * 1.0).view(4, 100), "a view of another tensor"),
+        (leaf.T * 1.0, "a contiguous input"),
     ):
         with pytest.raises(ValueError, match=message):
-            reconstruction_loss(bad, t.T if bad is not leaf else t, inplace=True)
+            reconstruction_loss(bad, t.reshape(bad.shape), inplace=True)
     with pytest.raises(ValueError, match="reduction 'mean' or 'sum'"):
         reconstruction_loss(leaf * 1.0, t, reduction="none", inplace=True)
     with pytest.raises(ValueError, match="another tensor wants one"):
@@ -181,6 +214,16 @@ def test_in_place_is_honest(backend):
     kept = x.clone()
     reconstruction_loss(kept, t, inplace=True, backend=backend)
     assert torch.equal(kept, x)
+
+
+def test_in_place_after_an_error(backend):
+    """The input is overwritten before the error, so what saved it must not be used."""
+    x, t = inputs_of("bce", (8, 50))
+    output = x.requires_grad_().sigmoid()
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        reconstruction_loss(output, t + 1.0, "bce", inplace=True, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
 
 
 def test_operators(backend):
@@ -274,14 +317,18 @@ def test_bad_arguments():
     raises(ValueError, "kind must be one of", kind="mae")
     raises(ValueError, "kind must be one of", kind=["mse"])
     raises(ValueError, "reduction must be one of", reduction="batchmean")
+    raises(ValueError, "reduction must be one of", reduction=["mean"])
     raises(ValueError, "delta must be above 0; got -1.0", kind="huber", delta=-1.0)
     raises(ValueError, "beta must be at least 0; got -0.5", kind="smooth_l1", beta=-0.5)
-    raises(TypeError, "delta must be a number", delta="1")
+    for bad in ("1", True, torch.ones(()), torch.ones(2)):
+        raises(TypeError, "delta must be a number", delta=bad)
     raises(ValueError, "target_scale must be finite", target_scale=float("nan"))
     raises(ValueError, "weight must have shape", weight=torch.ones(6))
     raises(ValueError, "weight must broadcast", kind="bce_with_logits", weight=torch.ones(5))
     raises(TypeError, "weight must be a tensor", weight=2.0)
     raises(ValueError, "mask must have shape", mask=torch.ones(6, dtype=torch.bool))
+    raises(ValueError, "mask must have shape", mask=torch.ones(1))
+    raises(ValueError, "mask must have shape", mask=torch.ones(1, 1))
     raises(TypeError, "mask must be boolean", mask=torch.ones(4, dtype=torch.int64))
     raises(ValueError, "0 and 1 only", mask=torch.tensor([0.0, 1.0, 0.5, 1.0]))
     raises(ValueError, "mask must not require", mask=torch.ones(4).requires_grad_())
@@ -303,8 +350,11 @@ def test_bce_wants_probabilities(backend, bad):
     for place in range(2):
         given = [x.clone(), t.clone()]
         given[place][1, 7:9] = bad
-        with pytest.raises(ValueError, match=r"between 0 and 1.*2 of 1200 elements"):
-            reconstruction_loss(*given, "bce", backend=backend)
+        for asks in (False, True):
+            given[1].requires_grad_(asks)
+            with pytest.raises(ValueError, match=r"between 0 and 1.*2 of 1200 elements"):
+                reconstruction_loss(*given, "bce", backend=backend)
+        given[1].requires_grad_(False)
         mask = torch.ones(3, 400, dtype=torch.bool)
         mask[1, 7:9] = False
         assert reconstruction_loss(*given, "bce", mask=mask, backend=backend).isfinite()

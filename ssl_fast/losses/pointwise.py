@@ -12,6 +12,7 @@ from ssl_fast.backends.dispatch import BACKENDS
 from ssl_fast.backends.reference.pairs import accumulation_dtype
 from ssl_fast.backends.reference.pointwise import KINDS
 from ssl_fast.losses.contrastive import DTYPES, REDUCTIONS, check_choice, describe
+from ssl_fast.ops.gradients import watched
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -131,7 +132,8 @@ def accept_mask(mask: Any, shape: Sequence[int], device: torch.device) -> Tensor
         raise ValueError("mask must not require a gradient, it gets none; pass mask.detach()")
     leading = mask
     while leading.shape != tuple(shape)[: leading.dim()]:
-        if leading.dim() == 0 or leading.shape[-1] != 1:
+        # A mask of one element alone says nothing of rows: it would be another batch's.
+        if leading.dim() <= 1 or leading.shape[-1] != 1:
             raise ValueError(
                 f"mask must have shape {tuple(shape)} or leading dimensions of it; got "
                 f"{tuple(mask.shape)}"
@@ -140,7 +142,7 @@ def accept_mask(mask: Any, shape: Sequence[int], device: torch.device) -> Tensor
     if mask.dtype is torch.bool:
         return leading
     kept = leading != 0
-    readable = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+    readable = mask.device.type == "cpu" and not watched()
     if readable and not bool((leading == kept).all()):
         raise ValueError("mask must hold 0 and 1 only; got other numbers")
     return kept

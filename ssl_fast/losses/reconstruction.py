@@ -91,6 +91,11 @@ def _check_inplace(input: Tensor, others: tuple[Tensor | None, ...], reduction: 
             "inplace=True can't overwrite a leaf that requires a gradient; input must be the "
             "output of an operation"
         )
+    if input._is_view():
+        raise ValueError(
+            "inplace=True can't overwrite a view of another tensor, which would change with it; "
+            "reshape the target instead, or give input before its view"
+        )
     if not input.is_contiguous() or input.is_neg():
         raise ValueError(
             f"inplace=True needs a contiguous input; got strides {tuple(input.stride())}"
@@ -139,9 +144,9 @@ def reconstruction_loss(
         beta: of "smooth_l1", at least 0.
         target_scale: see target.
         target_shift: see target.
-        inplace: write the gradient over the input, which must be contiguous and not a leaf, and
-            can't be used afterwards; the loss goes backward once. Under torch.compile and
-            torch.func the input stays as it is.
+        inplace: write the gradient over the input, which must be contiguous, neither a leaf nor a
+            view, and can't be used afterwards, not even where "bce" refuses its numbers; the loss
+            goes backward once. Under torch.compile and torch.func the input stays as it is.
         backend: "reference", "native" or "triton"; None lets the dispatcher choose.
 
     Inputs are float32, bfloat16, float16 or float64 (the reference's), and are read as they are
@@ -159,17 +164,19 @@ def reconstruction_loss(
             numbers outside [0, 1].
         RuntimeError: ``backend`` can't serve this call.
     """
-    name: Any = kind
+    names: Any = (kind, reduction)
     if (
-        isinstance(name, str)
-        and name in _PLAIN
+        all(isinstance(name, str) for name in names)
+        and kind in _PLAIN
         and reduction in _REDUCTIONS
         and weight is None
         and mask is None
         and pos_weight is None
         and backend is None
         and inplace is False
-        and (delta, beta, target_scale, target_shift) == (1.0, 1.0, 1.0, 0.0)
+        and type(delta) is type(beta) is type(target_scale) is type(target_shift) is float
+        and delta == beta == target_scale == 1.0
+        and target_shift == 0.0
         and _is_small(input, target, _PLAIN[kind].elements)
     ):
         operator, _, others = _PLAIN[kind]

@@ -7,7 +7,7 @@ lose it: there it is saved without, and multiplied by grad_output and the factor
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,9 +28,6 @@ from ssl_fast.ops.gradients import (
     with_unsaved,
 )
 from ssl_fast.ops.registration import elementwise, empty_like, first_derivative_only, register
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = ["Rules", "reconstruction"]
 
@@ -168,17 +165,20 @@ class _EagerLoss(Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         weight = grads[0]
-        # The gradient itself where nothing is left to multiply it with. Nobody writes to it:
-        # autograd copies a gradient that is still saved before it adds to it.
+        # The gradient itself where nothing is left to multiply it with; a copy where the graph is
+        # kept, since whoever gets it may write to it before the next backward.
         if (
             weight is not None
             and weight.dim() == 0
             and weight.device.type == "cpu"
             and not torch.is_grad_enabled()
+            and not watched()
+            and not torch._C._functorch.is_legacy_batchedtensor(weight)  # of is_grads_batched
         ):
             made = ctx.saved_tensors[-1]
             if _factors(made, ctx.rules)[1] == 1.0 and float(weight) == 1.0:
-                return made, *(None,) * 7
+                kept = torch._C._autograd._get_current_graph_task_keep_graph()
+                return made.clone() if kept else made, *(None,) * 7
         return _Loss.backward(ctx, *grads)
 
 
@@ -223,7 +223,13 @@ class _Inplace(Function):
         *tensors, ctx.rules, backend = inputs
         given = tensors[0]
         grad_factor, ctx.left = _factors(given, ctx.rules)
-        value = _reconstruction_(*tensors, *_numbers(ctx.rules, grad_factor), backend=backend)
+        numbers = _numbers(ctx.rules, grad_factor)
+        try:
+            value = _reconstruction_(*tensors, *numbers, backend=backend)
+        except ValueError:
+            # The pass that found a number out of range has written over the input all the same.
+            torch.autograd.graph.increment_version(given)
+            raise
         ctx.mark_dirty(given)
         ctx.save_for_backward(given)
         ctx.set_materialize_grads(False)
@@ -255,9 +261,14 @@ class _Inplace(Function):
         return made, *(None,) * 6
 
 
-def _differentiable(tensors: Sequence[Tensor | None], rules: Rules) -> Tensor:
+def _differentiable(
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], rules: Rules
+) -> Tensor:
     """The reference formula under autograd, for gradients of more than the input."""
     kind, *line, factor, reduce = rules
+    input, target, _, mask, _ = tensors
+    if kind == "bce" and not watched() and input.device.type == "cpu":
+        reference.check_range(input.detach(), target.detach(), mask, *line[1:])
     losses: Any = reference.losses
     found: Tensor = losses(*tensors, kind, *line)
     return found.sum() * factor if reduce else found

@@ -8,7 +8,7 @@ from torch import Tensor
 from ssl_fast.backends.reference.pairs import accumulation_dtype
 from ssl_fast.backends.reference.pointwise import KINDS, pointwise, slope
 
-__all__ = ["losses", "reconstruction", "reconstruction_", "slopes"]
+__all__ = ["check_range", "losses", "reconstruction", "reconstruction_", "slopes"]
 
 # What takes the place of an element that is left out: it is legal for every kind.
 _LEFT_OUT = 0.5
@@ -73,8 +73,15 @@ def slopes(
     return _weighed(found, weight, full)
 
 
-def _check_range(x: Tensor, target: Tensor, mask: Tensor | None, line: tuple[float, float]) -> None:
-    x, t, _ = _operands(x, target, mask, *line)
+def check_range(
+    x: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    target_scale: float,
+    target_shift: float,
+) -> None:
+    """ValueError where "bce" takes no logarithm: of numbers outside [0, 1], and of NaN."""
+    x, t, _ = _operands(x, target, mask, target_scale, target_shift)
     inside = (x >= 0.0) & (x <= 1.0) & (t >= 0.0) & (t <= 1.0)
     number = int((~inside).sum())
     if number:
@@ -109,7 +116,7 @@ def reconstruction(
         input, target, weight, mask, pos_weight, name, parameter, target_scale, target_shift,
     )  # fmt: skip
     if name == "bce" and input.device.type == "cpu":
-        _check_range(input, target, mask, (target_scale, target_shift))
+        check_range(input, target, mask, target_scale, target_shift)
     found = losses(*arguments)
     if reduce:
         found = (found.sum(dtype=torch.float64) * factor).to(found.dtype)

@@ -31,7 +31,7 @@ def _run(
     parameter, target_scale, target_shift, factor, grad_factor = parameters
     size = input.numel()
     target = target.resolve_neg().contiguous()
-    weight = input if weight is None else weight.contiguous()
+    factors = input if weight is None else weight.contiguous()
     span = 1 if mask is None else max(1, size // max(1, mask.numel()))
     flags = input if mask is None else mask.contiguous().view(torch.int8)
     positive = input if pos_weight is None else pos_weight.contiguous()
@@ -40,11 +40,11 @@ def _run(
     losses = torch.empty(0 if reduce else input.shape, dtype=torch.float32, device=input.device)
     if size:
         kernels.reconstruction_kernel[(programs,)](
-            input, target, weight, flags, positive, sums, losses,
+            input, target, factors, flags, positive, sums, losses,
             input if grad is None else grad, size, span,
             1 if pos_weight is None else pos_weight.numel(), parameter, target_scale,
             target_shift, grad_factor,
-            KIND=kind, HAS_WEIGHT=weight is not input, HAS_MASK=mask is not None,
+            KIND=kind, HAS_WEIGHT=weight is not None, HAS_MASK=mask is not None,
             POSITIVE=pos_weight is not None, REDUCE=reduce, HAS_GRAD=grad is not None, BLOCK=BLOCK,
         )  # fmt: skip
     return (sums.sum(dtype=torch.float64) * factor).float() if reduce else losses
