@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 from typing import TYPE_CHECKING
@@ -12,9 +13,15 @@ from benchmarks.sides import BY_NAME, Side
 from ssl_fast.demo import memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from benchmarks.cases import Case
+
+NOT_KEPT = "the C library keeps no large buffers"
+# glibc's numbers of two of its options, and their defaults: what is free at the heap's end before
+# it goes back to the system, and how many buffers may come from the system one by one.
+_TRIM_THRESHOLD, _TRIMMED = -1, 128 << 10
+_MMAP_MAX, _MAPPED = -4, 65536
 
 
 def peak_extra_bytes(case: Case, side: Side) -> int | None:
@@ -75,3 +82,23 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
         return  # not glibc
+
+
+@contextlib.contextmanager
+def kept_buffers() -> Iterator[bool]:
+    """While it is open, malloc hands freed buffers of any size out again, their pages in place.
+
+    Gives whether it does: only glibc can be asked.
+    """
+    try:
+        option = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        yield False
+        return
+    kept = bool(option(_MMAP_MAX, 0) and option(_TRIM_THRESHOLD, (1 << 31) - 1))
+    try:
+        yield kept
+    finally:
+        option(_MMAP_MAX, _MAPPED)
+        option(_TRIM_THRESHOLD, _TRIMMED)
+        trim()

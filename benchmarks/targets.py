@@ -1,7 +1,7 @@
 """What a release must reach: each ratio from one run in which the sides take turns.
 
-``python -m benchmarks --targets`` prints every figure beside its goal and writes targets.json,
-targets_contrastive.json and targets_clustering.json; ``--targets contrastive`` is one set alone.
+``python -m benchmarks --targets`` prints every figure beside its goal and writes targets.json and
+targets_<set>.json of the other sets; ``--targets contrastive`` is one set alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,13 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, NamedTuple
 
-from benchmarks import machine, targets_clustering, targets_contrastive, targets_pair_softmax
+from benchmarks import (
+    machine,
+    targets_clustering,
+    targets_contrastive,
+    targets_pair_softmax,
+    targets_reconstruction,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +39,7 @@ SETS = {
     "pair_softmax": Targets("targets.json", targets_pair_softmax.MEASURES),
     "contrastive": Targets("targets_contrastive.json", targets_contrastive.MEASURES),
     "clustering": Targets("targets_clustering.json", targets_clustering.MEASURES),
+    "reconstruction": Targets("targets_reconstruction.json", targets_reconstruction.MEASURES),
 }
 
 

@@ -211,6 +211,29 @@ double fma_peak(const std::string& kind, int threads, double seconds) {
     return best;
 }
 
+// One pass of the floor that passes over memory are held against; the caller has the clock.
+void stream(std::uintptr_t a, std::uintptr_t b, std::uintptr_t to, std::int64_t n, int threads) {
+    check_threads(threads);
+    if (n < 0) throw std::invalid_argument("n must not be negative, got " + std::to_string(n));
+    if (to % 64 != 0) throw std::invalid_argument("to must be aligned to 64 bytes");
+    struct Pass {
+        const float *a, *b;
+        float* to;
+        std::int64_t n;
+        const PeakKernels* kernels;
+    };
+    Pass pass{reinterpret_cast<const float*>(a), reinterpret_cast<const float*>(b),
+              reinterpret_cast<float*>(to), n, active_isa().peak};
+    py::gil_scoped_release release;
+    run_team(
+        threads,
+        [](Team* team, void* context) {
+            const auto* pass = static_cast<Pass*>(context);
+            pass->kernels->stream(pass->a, pass->b, pass->to, pass->n, team);
+        },
+        &pass);
+}
+
 std::vector<std::string> names(const std::vector<const Isa*>& isas) {
     std::vector<std::string> list;
     for (const Isa* isa : isas) list.emplace_back(isa->name);
@@ -237,6 +260,8 @@ PYBIND11_MODULE(_native, module) {
     module.def("set_isa", &set_isa, py::arg("name"));
     module.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("size"));
     module.def("fma_peak", &fma_peak, py::arg("kind"), py::arg("threads"), py::arg("seconds"));
+    module.def("stream", &stream, py::arg("a"), py::arg("b"), py::arg("to"), py::arg("n"),
+               py::arg("threads"));
 #if defined(SSL_FAST_OPENMP)
     module.attr("threading") = "OpenMP";
 #else
