@@ -50,6 +50,12 @@ LOSSES = {
     "queue rows": lambda q, k, **o: ssl_fast.info_nce(
         q, k, k.detach() * 0.5 + 0.1, reduction="none", **o
     ).mean(),
+    "linear reconstruction": lambda q, k, **o: ssl_fast.linear_reconstruction_loss(
+        q, k, torch.eye(len(q)), kind="bce", **o
+    ),
+    "linear reconstruction elements": lambda q, k, **o: ssl_fast.linear_reconstruction_loss(
+        q, k, torch.eye(len(q)), linear_bias=k[:, 0], reduction="none", **o
+    ).mean(),
 }  # fmt: skip
 
 

@@ -50,7 +50,8 @@ def number(name: str, value: Any) -> float:
     """A finite float, or TypeError, ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number; got {describe(value)}")
-    if not math.isfinite(value):
+    # Not math.isfinite, which torch.compile can't trace where it makes the number symbolic.
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite; got {value}")
     return float(value)
 
