@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssl_fast import mae_loss, reconstruction_loss
+from ssl_fast import LinearReconstructionLoss, mae_loss
 from ssl_fast.demo.scaling import OURS
 
 PIXELS, CODE = 64, 32
@@ -21,7 +21,7 @@ class Autoencoder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.encoder = nn.Sequential(nn.Linear(PIXELS, CODE), nn.ReLU())
-        self.decoder = nn.Linear(CODE, PIXELS)
+        self.decoder = LinearReconstructionLoss(CODE, PIXELS, kind="bce_with_logits")
 
     def forward(self, images: Tensor) -> Tensor:
         """Codes [N, 32] of images [N, 1, 8, 8]."""
@@ -30,15 +30,15 @@ class Autoencoder(nn.Module):
 
     def logits(self, codes: Tensor) -> Tensor:
         """The reconstruction before its sigmoid, [N, 64]."""
-        logits: Tensor = self.decoder(codes)
-        return logits
+        return F.linear(codes, self.decoder.weight, self.decoder.bias)
 
     def loss(self, images: Tensor, side: str) -> Tensor:
-        """Binary cross-entropy per pixel."""
-        logits, target = self.logits(self(images)), images.flatten(1)
+        """ssl_fast's never stores the reconstruction, torch's does."""
+        codes, target = self(images), images.flatten(1)
         if side == OURS:
-            return reconstruction_loss(logits, target, kind="bce_with_logits")
-        return F.binary_cross_entropy_with_logits(logits, target)
+            found: Tensor = self.decoder(codes, target)
+            return found
+        return F.binary_cross_entropy_with_logits(self.logits(codes), target)
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """Images of the same shape, in (0, 1)."""
