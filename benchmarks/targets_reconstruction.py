@@ -6,7 +6,6 @@ pages are cleared first) and with reused ones (malloc keeps what was freed).
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch

@@ -15,9 +15,9 @@
 
 namespace ssl_fast {
 
-// What the machine can do at best. Multiply-adds in registers alone, `rounds` times: they return how
-// many floating-point operations they did. And the floor of a pass over memory: to[i] = a[i] + b[i]
-// for i < n, `to` aligned to 64 bytes and written past the caches.
+// What the machine can do at best. Multiply-adds in registers alone, `rounds` times: they return
+// how many floating-point operations they did. And the floor of a pass over memory: to[i] = a[i] +
+// b[i] for i < n, `to` aligned to 64 bytes and written past the caches.
 struct PeakKernels {
     double (*fp32)(long rounds);
     double (*bf16)(long rounds);  // null where bfloat16 is widened

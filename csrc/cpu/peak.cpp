@@ -48,8 +48,8 @@ double peak_bf16(long rounds) { return chains<Bf16Step>(rounds, 4.0); }
 constexpr double (*peak_bf16)(long) = nullptr;
 #endif
 
-// Two arrays read, one written. The threads take turns at blocks, so that what is left at the end is
-// small; each block is a stream to the prefetcher, helped over the ends of pages.
+// Two arrays read, one written. The threads take turns at blocks, so that what is left at the end
+// is small; each block is a stream to the prefetcher, helped over the ends of pages.
 void stream(const float* a, const float* b, float* to, int64_t n, Team* team) {
     constexpr int64_t BLOCK = 131072, AHEAD = 1024;
     for (int64_t first = team->rank * BLOCK; first < n; first += team->size * BLOCK) {

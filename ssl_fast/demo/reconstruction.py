@@ -31,9 +31,9 @@ PER_CLASS = 10
 PIXELS, AUTOENCODER, MASKED = "raw pixels", "autoencoder", "masked autoencoder"
 CROPPED = "masked, photographs"
 SCRATCH, TUNED, TUNED_SP = "from scratch", "pretrained", "pretrained + l2_sp"
-# The best of 0.01, 0.03, 0.1, 0.3, 1 and 3 for labels of other draws.
+# The best of 0.01, 0.03, 0.1, 0.3, 1 and 3 for other draws of labels, but by the same test images.
 L2_SP = 0.1
-# Epochs that plain torch trains too: the losses are the same, and would stay so.
+# Epochs that plain torch trains too, to compare the losses.
 COMPARED = 5
 TUNING_STEPS, TUNING_RATE = 60, 1e-3
 
