@@ -15,6 +15,7 @@ from benchmarks import (
     machine,
     targets_clustering,
     targets_contrastive,
+    targets_linear,
     targets_pair_softmax,
     targets_reconstruction,
 )
@@ -39,7 +40,10 @@ SETS = {
     "pair_softmax": Targets("targets.json", targets_pair_softmax.MEASURES),
     "contrastive": Targets("targets_contrastive.json", targets_contrastive.MEASURES),
     "clustering": Targets("targets_clustering.json", targets_clustering.MEASURES),
-    "reconstruction": Targets("targets_reconstruction.json", targets_reconstruction.MEASURES),
+    "reconstruction": Targets(
+        "targets_reconstruction.json",
+        (*targets_reconstruction.MEASURES, *targets_linear.MEASURES),
+    ),
 }
 
 

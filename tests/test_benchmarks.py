@@ -26,7 +26,9 @@ from benchmarks import (  # noqa: E402
     targets,
     targets_clustering,
     targets_contrastive,
+    targets_linear,
     targets_pair_softmax,
+    targets_reconstruction,
     timing,
 )
 from benchmarks.cases import Case, default_cases, full_cases, inputs  # noqa: E402
@@ -267,6 +269,20 @@ def test_contrastive_targets_run(tmp_path, monkeypatch, capsys):
         # Memory has no figure where the system shows no mark.
         if sides.NATIVE.refuses(INFO_NCE) is None and "memory" not in figure["what"]:
             assert figure["value"] is not None, figure
+
+
+def test_reconstruction_targets_run(tmp_path, monkeypatch, capsys):
+    for module in (targets_reconstruction, targets_linear):
+        monkeypatch.setattr(module, "SECONDS_PER_GROUP", 0.01)
+    monkeypatch.setattr(targets_linear, "PEAK_SECONDS", 1e-3)
+    targets.main(tmp_path, "reconstruction", scale=256)
+    told = json.loads((tmp_path / "targets_reconstruction.json").read_text())["figures"]
+    assert len({figure["case"] for figure in told}) == 9
+    for figure in told:
+        assert "differs" not in figure["detail"], figure
+        if figure["what"].startswith("against"):
+            assert figure["value"] > 0.0, figure
+    assert "times the streaming floor" in capsys.readouterr().out
 
 
 def test_clustering_targets_run(tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ namespace ssl_fast {
 namespace {
 
 // Elements of a block: long ones are streams to the prefetcher, but each thread has to get some.
+// Blocks of a huge page, 524288 elements, take as long, also where the gradient's pages are fresh.
 constexpr int64_t LEAST_BLOCK = 16384, MOST_BLOCK = 131072;
 // Elements that are widened together, and summed in fp32.
 constexpr int64_t PART = 1024;
