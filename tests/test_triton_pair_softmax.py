@@ -91,7 +91,7 @@ def widened(given):
 def test_refuses_with_a_reason(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     cases = [
-        ("linear_reconstruction", "cuda", torch.float32, SIZES, "no kernel for linear_"),
+        ("no_such_op", "cuda", torch.float32, SIZES, "no kernel for no_such_op"),
         ("pair_softmax", "cuda", torch.float64, SIZES, "not float64"),
         ("pair_sigmoid", "cuda", torch.float64, SIZES, "not float64"),
         ("pair_softmax", "cuda", torch.float32, (2**31, 8, 8), "32 bits"),
@@ -139,8 +139,8 @@ def test_rows_are_found_by_depth_and_frozen():
     # ids have a tile of their own where they need one, at the same depth
     assert tuning.lookup("sweep", torch.bfloat16, 64, "sm_90", ids=True) == narrow
     assert tuning.lookup("sweep", torch.bfloat16, 1024, "sm_90", ids=True) != wide
-    with pytest.raises(KeyError, match="linear_reconstruction has no row"):
-        tuning.lookup("linear_reconstruction", torch.bfloat16, 64, "sm_90")
+    with pytest.raises(KeyError, match="no_such_op has no row"):
+        tuning.lookup("no_such_op", torch.bfloat16, 64, "sm_90")
     with pytest.raises(dataclasses.FrozenInstanceError):
         narrow.warps = 1
 
