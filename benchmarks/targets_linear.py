@@ -11,7 +11,8 @@ import torch.nn.functional as F
 import ssl_fast
 from benchmarks import memory, timing
 from benchmarks.ceilings import fma_peak
-from benchmarks.figures import PEAK_SECONDS, SECONDS_PER_GROUP, Figure, told
+from benchmarks.figures import PEAK_SECONDS, SECONDS_PER_GROUP, Figure
+from benchmarks.targets_clustering import ratio
 from benchmarks.targets_reconstruction import compiled
 from ssl_fast.demo.memory import peak_extra_bytes
 
@@ -113,21 +114,6 @@ def _wrong(found: tuple[Any, ...], expected: tuple[Any, ...], same: float) -> st
     return None
 
 
-def _ratio(
-    layer: Layer, other: str, goal: float | None, times: dict[str, timing.Times], wrong: str | None
-) -> Figure:
-    value = spread = None
-    detail = wrong or ""
-    if wrong is None:
-        mine, theirs = times[OURS], times[other]
-        value, spread = theirs.median / mine.median, max(mine.spread, theirs.spread)
-        detail = f"{told(theirs)} against {told(mine)}, {len(mine.rounds)} rounds"
-    return Figure(
-        layer.label, f"against {other}", value, goal, at_least=True, unit="x", detail=detail,
-        spread=spread,
-    )  # fmt: skip
-
-
 def _memory(layer: Layer) -> Figure:
     extra = peak_extra_bytes(memory_job, layer)
     value = None
@@ -174,9 +160,9 @@ def measured(layer: Layer) -> Callable[[int], list[Figure]]:
             gflops = here.flops / times[OURS].median / 1e9
             share, detail = 100 * gflops / max(peaks), f"{gflops:.0f} of {max(peaks):.0f} GFLOP/s"
         return [
-            _ratio(here, PRODUCTS, 1.0, times, None),
-            _ratio(here, EAGER, None, times, wrong[EAGER]),
-            _ratio(here, COMPILED, None, times, wrong[COMPILED]),
+            ratio(here.label, f"against {PRODUCTS}", 1.0, times, None, OURS, PRODUCTS),
+            ratio(here.label, f"against {EAGER}", None, times, wrong[EAGER], OURS, EAGER),
+            ratio(here.label, f"against {COMPILED}", None, times, wrong[COMPILED], OURS, COMPILED),
             Figure(
                 here.label, "of the FMA peak", share, here.share, at_least=True, unit="%",
                 detail=detail,

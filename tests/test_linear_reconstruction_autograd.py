@@ -247,6 +247,7 @@ BAD = [
     ({"weight": 1.0}, TypeError, "weight must be a tensor"),
     ({"weight": T.clone().requires_grad_()}, ValueError, "weight must not require a gradient"),
     ({"mask": T.int()}, TypeError, "mask must be boolean or floating"),
+    ({"mask": T + 0.5}, ValueError, "mask must hold 0 and 1 only"),
     ({"mask": T[0]}, ValueError, r"mask must have shape \(4, 5\) or \(4,\)"),
     ({"mask": T.to("meta")}, ValueError, "mask must be on the device of input"),
     ({"pos_weight": B}, ValueError, "pos_weight belongs to the bce kinds"),

@@ -93,10 +93,10 @@ def run(options: argparse.Namespace) -> int:
             QUICK_BATCHES, QUICK_SCALING_SECONDS, QUICK_RECONSTRUCTION_EPOCHS, QUICK_DRAWS,
         )  # fmt: skip
     start = time.perf_counter()
-    results = collect(settings)
+    digits = data.load_digits()
+    results = collect(settings, digits)
     print(tables.render(results))
     picture.draw(results, out)
-    digits = data.load_digits()
     print(f"\nsecond step: autoencoders of digits and of {reconstruction.CROPS} photograph squares")
     found = reconstruction.collect(
         digits, epochs=settings.reconstruction_epochs, draws=settings.draws, seed=settings.seed
@@ -108,9 +108,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def collect(settings: Settings) -> Results:
+def collect(settings: Settings, digits: data.Digits) -> Results:
     """Pretrain on both sides, score, cluster, and measure time and memory."""
-    digits = data.load_digits()
     print(
         f"digits: {len(digits.train_images)} images to pretrain on without labels, "
         f"{len(digits.test_images)} to test; {torch.get_num_threads()} threads"

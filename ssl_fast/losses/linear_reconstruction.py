@@ -13,11 +13,13 @@ from ssl_fast.backends.reference.pairs import accumulation_dtype
 from ssl_fast.losses.contrastive import DTYPES, describe
 from ssl_fast.losses.linear_gram import gram_sum
 from ssl_fast.losses.pointwise import (
-    BY_WEIGHT,
     accept_parameter,
     check_floating,
     check_line,
     check_rules,
+    denominator,
+    divided,
+    kept_by,
 )
 from ssl_fast.ops.linear_reconstruction import TARGETS, linear_reconstruction
 from ssl_fast.ops.registration import autocast_is_on
@@ -121,29 +123,8 @@ def _per_element(name: str, value: Any, target: Tensor, rows: Tensor) -> Tensor 
             f"{name} must have shape {tuple(full)} or {tuple(leading)}; got {tuple(value.shape)}"
         )
     _beside(name, value, rows)
-    each: Tensor = value
-    if name != "mask":
-        each = each.to(accumulation_dtype(rows))
-    elif each.dtype is not torch.bool:
-        each = each != 0
+    each: Tensor = kept_by(value) if name == "mask" else value.to(accumulation_dtype(rows))
     return each.reshape(math.prod(leading), full[-1]) if each.shape == full else each.reshape(-1)
-
-
-def _counted(
-    kind: str, shape: torch.Size, weight: Tensor | None, mask: Tensor | None, dtype: torch.dtype
-) -> Tensor | float:
-    """What a mean divides by: the weights, or the elements, that the mask keeps."""
-    if weight is None or kind not in BY_WEIGHT:
-        if mask is None:
-            return float(shape[0] * shape[1])
-        count = mask.sum(dtype=torch.float64)
-        return (count * (shape[1] if mask.dim() == 1 else 1)).to(dtype)
-    if mask is not None:
-        if weight.dim() != mask.dim():
-            weight, mask = (x if x.dim() == 2 else x[:, None].expand(shape) for x in (weight, mask))
-        weight = torch.where(mask, weight, 0.0)
-    total = weight.sum(dtype=torch.float64)
-    return (total * shape[1] if weight.dim() == 1 else total).to(dtype)
 
 
 def linear_reconstruction_loss(
@@ -238,12 +219,7 @@ def linear_reconstruction_loss(
         return loss.reshape(target.shape)
     if reduction == "sum":
         return loss
-    count = _counted(kind, goal.shape, weights, kept, loss.dtype)
-    if isinstance(count, float):
-        # Of nothing NaN, as in torch, whose gradient is 0.
-        return loss / count if count else loss + math.nan
-    empty = count == 0
-    return loss * torch.where(empty, 0.0, torch.where(empty, 1.0, count).reciprocal())
+    return divided(loss, denominator(kind, goal.shape, weights, kept))
 
 
 def _positive(pos_weight: Any, rows: Tensor, outputs: int) -> Tensor:

@@ -27,6 +27,8 @@ __all__ = [
     "check_line",
     "check_rules",
     "denominator",
+    "divided",
+    "kept_by",
     "number",
 ]
 
@@ -140,30 +142,45 @@ def accept_mask(mask: Any, shape: Sequence[int], device: torch.device) -> Tensor
                 f"{tuple(mask.shape)}"
             )
         leading = leading.squeeze(-1)
+    return kept_by(leading)
+
+
+def kept_by(mask: Tensor) -> Tensor:
+    """A mask as booleans; on the CPU ValueError for floats other than 0 and 1."""
     if mask.dtype is torch.bool:
-        return leading
-    kept = leading != 0
+        return mask
+    kept = mask != 0
     readable = mask.device.type == "cpu" and not watched()
-    if readable and not bool((leading == kept).all()):
+    if readable and not bool((mask == kept).all()):
         raise ValueError("mask must hold 0 and 1 only; got other numbers")
     return kept
 
 
 def denominator(
     kind: str,
-    count: int,
-    weight: Tensor | None,  # [count elements]
+    shape: Sequence[int],
+    weight: Tensor | None,  # leading dimensions of the shape, as mask
     mask: Tensor | None,
 ) -> Tensor | int:
     """What a mean divides by, as torch.nn.functional does for the kind.
 
     The sum of the weights or the number of elements, of what the mask keeps.
     """
-    if weight is not None and kind in BY_WEIGHT:
-        if mask is None:
-            return weight.sum()
-        full = mask.view(*mask.shape, *[1] * (weight.dim() - mask.dim()))
-        return torch.where(full, weight, 0.0).sum()
-    if mask is None:
-        return count
-    return mask.sum() * (count // max(1, mask.numel()))
+    count = math.prod(shape)
+    if weight is None or kind not in BY_WEIGHT:
+        return count if mask is None else mask.sum() * (count // max(1, mask.numel()))
+    counted = weight
+    if mask is not None:
+        dims = max(weight.dim(), mask.dim())
+        counted, kept = (x.view(*x.shape, *[1] * (dims - x.dim())) for x in (weight, mask))
+        counted = torch.where(kept, counted, 0.0)
+    total = counted.sum(dtype=torch.float64) * (count // max(1, counted.numel()))
+    return total.to(weight.dtype)
+
+
+def divided(total: Tensor, divisor: Tensor | int) -> Tensor:
+    """A mean from its sum: 0 where nothing counts, NaN of no elements, neither with a gradient."""
+    if isinstance(divisor, int):
+        return total / divisor if divisor else total + math.nan
+    empty = divisor == 0
+    return torch.where(empty, 0.0, total / torch.where(empty, 1, divisor))

@@ -19,6 +19,7 @@ from ssl_fast.losses.pointwise import (
     check_line,
     check_rules,
     denominator,
+    divided,
 )
 from ssl_fast.ops.gradients import wants, watched
 from ssl_fast.ops.reconstruction import Rules, reconstruction
@@ -195,7 +196,7 @@ def reconstruction_loss(
         _check_inplace(input, (target, weight, pos_weight), reduction)
     factor, divisor = 1.0, None
     if reduction == "mean":
-        counted = denominator(kind, input.numel(), weight, mask)
+        counted = denominator(kind, input.shape, weight, mask)
         if isinstance(counted, Tensor) and (
             counted.device.type != "cpu" or counted.requires_grad or watched()
         ):
@@ -209,11 +210,7 @@ def reconstruction_loss(
         input, target, Rules(kind, parameter, *line, factor, reduction != "none"),
         weight=weight, mask=mask, pos_weight=pos_weight, inplace=inplace, backend=backend,
     )  # fmt: skip
-    if divisor is None:
-        return loss
-    # Nothing that counts: 0, and no gradient through a division by 0.
-    safe = torch.where(divisor == 0, 1, divisor)
-    return torch.where(divisor == 0, 0.0, loss / safe)
+    return loss if divisor is None else divided(loss, divisor)
 
 
 class ReconstructionLoss(nn.Module):

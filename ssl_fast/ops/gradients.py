@@ -15,11 +15,13 @@ __all__ = [
     "Unsaved",
     "apart",
     "differentiated_again",
+    "graph_is_kept",
     "open_signature",
     "split_by_need",
     "vector_jacobian",
     "wants",
     "watched",
+    "weighed",
     "with_unsaved",
 ]
 
@@ -52,6 +54,19 @@ def differentiated_again() -> bool:
     Not so under torch.compile, which raises when it is asked for a second derivative.
     """
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def graph_is_kept() -> bool:
+    """Whether the graph of the backward that runs can be gone through again."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def weighed(weight: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient times its weight, [] or of its shape, multiplied in the weight's fp32."""
+    if weight.dim() == 0 and grad.dim() > 0:
+        # A view of one element, not a scalar: it makes halves multiply in fp32.
+        weight = weight.view((1,) * grad.dim())
+    return (grad * weight).to(dtype)
 
 
 def apart(tensor: Tensor, *others: Tensor | None) -> Tensor:

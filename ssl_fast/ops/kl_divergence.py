@@ -22,6 +22,7 @@ from ssl_fast.ops.gradients import (
     vector_jacobian,
     wants,
     watched,
+    weighed,
 )
 from ssl_fast.ops.registration import elementwise, first_derivative_only, register
 
@@ -46,11 +47,6 @@ _kl_divergence = register(
     elementwise("kl_divergence", "kl_divergence", _check),
     _fake,
 )
-
-
-def _weigh(weight: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    # A view of one element, not a scalar: it makes halves multiply in the weight's fp32.
-    return (grad * weight.view((1,) * max(grad.dim(), 1)).reshape((1,) * grad.dim())).to(dtype)
 
 
 class _KlDivergence(Function):
@@ -82,8 +78,8 @@ class _KlDivergence(Function):
             asking = [x for x, need in zip((mu, logvar), needs, strict=True) if need]
             weight = first_derivative_only(weight, asking)
         return (
-            _weigh(weight, mu, mu.dtype) if needs[0] else None,
-            _weigh(weight, grad_logvar, logvar.dtype) if needs[1] else None,
+            weighed(weight, mu, mu.dtype) if needs[0] else None,
+            weighed(weight, grad_logvar, logvar.dtype) if needs[1] else None,
             None,
             None,
         )
@@ -112,8 +108,8 @@ class _KlGradient(Function):
     def forward(*inputs: Any) -> Any:
         mu, logvar, grad_logvar, weight, need_mu, need_logvar = inputs
         return (
-            _weigh(weight, mu, mu.dtype) if need_mu else mu.new_empty(0),
-            _weigh(weight, grad_logvar, logvar.dtype) if need_logvar else logvar.new_empty(0),
+            weighed(weight, mu, mu.dtype) if need_mu else mu.new_empty(0),
+            weighed(weight, grad_logvar, logvar.dtype) if need_logvar else logvar.new_empty(0),
         )
 
     @staticmethod
@@ -126,8 +122,8 @@ class _KlGradient(Function):
         def formula(mu: Tensor, logvar: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
             made = reference.kl_divergence(mu, logvar, ctx.needs[1])[1]
             return (
-                _weigh(weight, mu, mu.dtype) if ctx.needs[0] else mu.new_empty(0),
-                _weigh(weight, made, logvar.dtype) if ctx.needs[1] else logvar.new_empty(0),
+                weighed(weight, mu, mu.dtype) if ctx.needs[0] else mu.new_empty(0),
+                weighed(weight, made, logvar.dtype) if ctx.needs[1] else logvar.new_empty(0),
             )
 
         needed = (*ctx.needs_input_grad[:2], ctx.needs_input_grad[3])

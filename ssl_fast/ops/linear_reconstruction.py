@@ -20,6 +20,7 @@ from ssl_fast.ops.arguments import check_tensor
 from ssl_fast.ops.gradients import (
     apart,
     differentiated_again,
+    graph_is_kept,
     open_signature,
     split_by_need,
     vector_jacobian,
@@ -122,12 +123,6 @@ def _weigh(weight: Tensor, grads: Sequence[Tensor], dtypes: Sequence[Any]) -> tu
     return tuple((g * weight).to(d) for g, d in zip(grads, dtypes, strict=True))
 
 
-def _graph_ends() -> bool:
-    """Whether the backward that runs frees what it reads, so that nothing can read it again."""
-    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return keeps is not None and not keeps()
-
-
 def _dtypes(tensors: Sequence[Tensor | None]) -> tuple[torch.dtype, ...]:
     # An absent bias has a gradient that nobody reads.
     return tuple(torch.float32 if x is None else x.dtype for x in tensors[:DIFFERENTIABLE])
@@ -165,7 +160,7 @@ class _Sum(Function):
         elif torch.compiler.is_compiling():
             asking = [x for x, need in zip(tensors, needed, strict=False) if need]
             found = _weigh(first_derivative_only(weight, asking), made, ctx.dtypes)
-        elif not watched() and _graph_ends():
+        elif not watched() and not graph_is_kept():
             # The buffers go with the graph: a second copy of a wide layer's gradient is spared.
             found = [g.mul_(weight).to(d) for g, d in zip(made, ctx.dtypes, strict=True)]
         else:

@@ -20,11 +20,13 @@ from ssl_fast.ops.arguments import check_tensor
 from ssl_fast.ops.gradients import (
     apart,
     differentiated_again,
+    graph_is_kept,
     open_signature,
     split_by_need,
     vector_jacobian,
     wants,
     watched,
+    weighed,
     with_unsaved,
 )
 from ssl_fast.ops.registration import elementwise, empty_like, first_derivative_only, register
@@ -107,13 +109,7 @@ def _numbers(rules: Rules, grad_factor: float) -> tuple[int | float, ...]:
 
 
 def _weigh(weight: Tensor, grad: Tensor, left: float) -> Tensor:
-    """Times a weight [] or of the gradient's shape, in the weight's fp32."""
-    if weight.dim() == 0 and grad.dim() > 0:
-        # A view of one element, not a scalar: it makes halves multiply in fp32.
-        weight = weight.view((1,) * grad.dim())
-    if left != 1.0:
-        weight = weight * left
-    return (grad * weight).to(grad.dtype)
+    return weighed(weight if left == 1.0 else weight * left, grad, grad.dtype)
 
 
 class _Loss(Function):
@@ -177,8 +173,7 @@ class _EagerLoss(Function):
         ):
             made = ctx.saved_tensors[-1]
             if _factors(made, ctx.rules)[1] == 1.0 and float(weight) == 1.0:
-                kept = torch._C._autograd._get_current_graph_task_keep_graph()
-                return made.clone() if kept else made, *(None,) * 7
+                return made.clone() if graph_is_kept() else made, *(None,) * 7
         return _Loss.backward(ctx, *grads)
 
 
