@@ -1,18 +1,12 @@
-"""Compiles the kernel of linear_reconstruction ahead of time.
-
-`python compile_triton_linear.py` prints a JSON object, as compile_triton_kernels.py does.
-test_triton_linear.py runs it in a process without TRITON_INTERPRET.
-"""
+"""The kernel of linear_reconstruction for compile_triton.py."""
 
 from __future__ import annotations
 
-import json
-import os
-import tempfile
 from dataclasses import dataclass
 from typing import Any
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+from tuned_cases import TARGETS, places, tile_of
+
 KINDS = ("mse", "l1", "smooth_l1", "huber", "bce", "bce_with_logits")
 LEAVES = ("sum", "losses", "slopes")
 
@@ -34,6 +28,8 @@ class LinearCase:
     ones: bool = False
     ids: int = 0
 
+    row = "linear_reconstruction"
+
     @property
     def name(self) -> str:
         extra = [self.with_] * bool(self.with_) + ["ones"] * self.ones
@@ -44,18 +40,14 @@ class LinearCase:
         )  # fmt: skip
 
 
-def linear_cases() -> list[LinearCase]:
-    """Every kind in bf16 on sm_90, and what differs from it elsewhere."""
+def cases() -> list[LinearCase]:
+    """Every row of the table; every kind in bf16 on sm_90; elsewhere what differs from these."""
     found = [LinearCase("slopes", kind, "bf16", 128, "sm_90") for kind in KINDS if kind != "bce"]
+    for dtype, depth, target, precision, _ in places("linear_reconstruction"):
+        for reach in ("", "elements"):
+            row = (dtype, depth, target, dtype, reach, precision)
+            found += [LinearCase("slopes", "bce_with_logits", *row)]
     for target in TARGETS:
-        for dtype, precision in (("bf16", "ieee"), ("fp16", "ieee"), ("fp32", "tf32x3")):
-            here = "ieee" if target == "gfx942" else precision
-            found += [
-                LinearCase("slopes", "bce_with_logits", dtype, 512, target, dtype, precision=here),
-                LinearCase(
-                    "slopes", "bce_with_logits", dtype, 512, target, dtype, "elements", here
-                ),
-            ]
         found += [
             LinearCase("sum", "bce_with_logits", "bf16", 128, target),
             LinearCase("losses", "bce_with_logits", "bf16", 128, target, with_="elements"),
@@ -72,13 +64,12 @@ def linear_cases() -> list[LinearCase]:
 
 def source_of(case: LinearCase) -> tuple[Any, dict[str, int]]:
     """The kernel with the types its launch gives it: aligned pointers, sizes divisible by 16."""
-    from compile_triton_kernels import tuned
     from triton.compiler import ASTSource
 
     from ssl_fast.backends.triton import linear_reconstruction_kernels
 
     kernel = linear_reconstruction_kernels.losses_kernel
-    constants, options = tuned(case, "linear_reconstruction")
+    constants, options = tile_of(case)
     reach = {"": 0, "rows": 1, "elements": 2}[case.with_]
     constants |= {
         "KIND": KINDS.index(case.kind),
@@ -111,21 +102,3 @@ def source_of(case: LinearCase) -> tuple[Any, dict[str, int]]:
             attributes[place,] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return source, options
-
-
-def main() -> None:
-    from compile_triton_kernels import report
-
-    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
-    # a kernel that was compiled before would have no log
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        reports = {}
-        for case in linear_cases():
-            source, options = source_of(case)
-            reports[case.name] = report(source, case.target, options)
-        print(json.dumps(reports))
-
-
-if __name__ == "__main__":
-    main()

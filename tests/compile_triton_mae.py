@@ -1,18 +1,11 @@
-"""Compiles the kernels of mae, kl_divergence, l2_sp and reconstruction ahead of time.
-
-`python compile_triton_mae.py` prints a JSON object, as compile_triton_kernels.py does.
-test_triton_mae.py runs it in a process without TRITON_INTERPRET.
-"""
+"""The kernels of mae, kl_divergence, l2_sp and reconstruction for compile_triton.py."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import tempfile
 from typing import Any, NamedTuple
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+from tuned_cases import TARGETS
 
 
 class PassCase(NamedTuple):
@@ -54,7 +47,7 @@ FLAGS = {
 }
 
 
-def pass_cases() -> list[PassCase]:
+def cases() -> list[PassCase]:
     """Everything in bf16 on sm_90, and with all flags in every dtype and on every target."""
     found = []
     for kernel, flags in FLAGS.items():
@@ -65,7 +58,7 @@ def pass_cases() -> list[PassCase]:
     return found
 
 
-def source_of(case: PassCase) -> Any:
+def source_of(case: PassCase) -> tuple[Any, dict[str, int]]:
     """The kernel with the types its launch gives it: aligned pointers, sizes divisible by 16."""
     from triton.compiler import ASTSource
 
@@ -117,19 +110,5 @@ def source_of(case: PassCase) -> Any:
                 signature[name] = "*i8"
             if name not in ("channels", "patch_rows", "patch_columns", "grid_columns", "period"):
                 attributes[place,] = [["tt.divisibility", 16]]
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-
-
-def main() -> None:
-    from compile_triton_kernels import report
-
-    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
-    # a kernel that was compiled before would have no log
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        reports = {c.name: report(source_of(c), c.target, {}) for c in pass_cases()}
-        print(json.dumps(reports))
-
-
-if __name__ == "__main__":
-    main()
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return source, {}

@@ -1,4 +1,4 @@
-"""What a compile_triton_*.py says of its cases, in a process where Triton doesn't interpret."""
+"""What compile_triton.py says of a module's cases, and the limits that a report is held against."""
 
 from __future__ import annotations
 
@@ -9,21 +9,31 @@ import sys
 from pathlib import Path
 
 import pytest
+from tuned_cases import config_of
 
 import ssl_fast
 
 HERE = Path(__file__).parent
+# What a block may have: the opt-in limits of A100, RTX 40, H100 and B200, and AMD's LDS.
+SHARED_KB = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+MATRIX_INSTRUCTION = {
+    "sm_80": "mma.sync",
+    "sm_89": "mma.sync",
+    "sm_90": "wgmma.mma_async",
+    "sm_100": "tcgen05.mma",
+    "gfx942": "v_mfma",
+}
 
 
-def compiled_reports(script, *names):
-    """The report of every case, or of those named, by name."""
+def compiled_reports(module):
+    """The report of each of the module's cases, by name, from where Triton doesn't interpret."""
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     # The package that this process tests, wherever it was found, and these modules.
     places = (Path(ssl_fast.__file__).parents[1], HERE)
     environment["PYTHONPATH"] = os.pathsep.join(str(place) for place in places)
     run = subprocess.run(
-        [sys.executable, str(HERE / script), *names],
+        [sys.executable, str(HERE / "compile_triton.py"), module],
         cwd=HERE.parent,
         env=environment,
         capture_output=True,
@@ -32,3 +42,20 @@ def compiled_reports(script, *names):
     )
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout)
+
+
+def assert_within_limits(report, case):
+    """Fits the card, spills nothing and multiplies in the card's matrix units, fed from copies."""
+    target, aligned = case.target, case.depth % 16 == 0
+    assert report["shared"] <= SHARED_KB[target] * 1024, report
+    # 255 is the most an instruction can name; with 256 AMD's card holds the 8 warps of a block
+    assert report["registers"] <= (256 if target == "gfx942" else 255), report
+    # the rows fit with Triton 3.6 and 3.9; of fp16's, some have a few bytes over with one of them
+    assert report["spilled"] <= (512 if case.dtype == "fp16" else 0), report
+    assert report["remarks"] == [], report
+    instruction = MATRIX_INSTRUCTION[target]
+    if target in ("sm_90", "sm_100") and config_of(case).block_rows < 64:
+        instruction = "mma.sync"  # the newer ones take 64 rows at least
+    assert instruction in report["instructions"], report
+    if target.startswith("sm_") and aligned:
+        assert "cp.async" in report["instructions"], report

@@ -12,20 +12,20 @@ import test_l2_sp as of_l2_sp
 import test_mae as of_mae
 import test_reconstruction as of_reconstruction
 import torch
-from compile_triton_mae import pass_cases
+from compile_triton_mae import cases
 from compiled_reports import compiled_reports
 from plain_reconstruction import KINDS
 
 import ssl_fast
 from ssl_fast.backends import triton
 
-CASES = pass_cases()
+CASES = cases()
 
 
 @pytest.fixture(scope="module")
 def compiled():
     """Every case's report, compiled once."""
-    return compiled_reports("compile_triton_mae.py")
+    return compiled_reports("compile_triton_mae")
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
