@@ -1,9 +1,10 @@
 """Compiles Triton kernels ahead of time, for GPUs that this machine needn't have.
 
-`python compile_triton.py compile_triton_kernels` prints a JSON object: the name of each of that
-module's cases with what the assembler said of it. A module has cases(), each with a name and a
+`python compile_triton.py compile_triton_kernels` prints a JSON object a line: names of that
+module's cases with what the assembler said of them. A module has cases(), each with a name and a
 target, and source_of(case), the kernel with its types and its launch options.
-compiled_reports.py runs it in a process without TRITON_INTERPRET.
+compiled_reports.py runs it, without TRITON_INTERPRET and with a fresh cache: a kernel that was
+compiled before would have no log.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -59,25 +59,20 @@ def report_of(module: str, case: Any) -> dict[str, Any]:
     }
 
 
-def reports_of(module: str) -> dict[str, dict[str, Any]]:
-    """Every case's report; cases that come to the same kernel are compiled once."""
+def main(module: str) -> None:
+    """Reports on every case, in order; those that come to the same kernel are compiled once."""
     family = importlib.import_module(module)
     same: dict[tuple[str, ...], list[Any]] = {}
     for case in family.cases():
         source, options = family.source_of(case)
         key = (source.hash(), case.target, repr(sorted(options.items())))
         same.setdefault(key, []).append(case)
-    workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
-    os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
-    # a kernel that was compiled before would have no log
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        with ProcessPoolExecutor(workers) as pool:
-            first = [alike[0] for alike in same.values()]
-            reports = pool.map(functools.partial(report_of, module), first)
-            pairs = zip(same.values(), reports, strict=True)
-            return {case.name: report for alike, report in pairs for case in alike}
+    with ProcessPoolExecutor(min(MOST_WORKERS, len(os.sched_getaffinity(0)))) as pool:
+        first = [alike[0] for alike in same.values()]
+        reports = pool.map(functools.partial(report_of, module), first)
+        for alike, report in zip(same.values(), reports, strict=True):
+            print(json.dumps({case.name: report for case in alike}), flush=True)
 
 
 if __name__ == "__main__":
-    print(json.dumps(reports_of(sys.argv[1])))
+    main(sys.argv[1])

@@ -22,7 +22,8 @@ CASES = cases()
 @pytest.fixture(scope="module")
 def compiled():
     """Every case's report, compiled once."""
-    return compiled_reports("compile_triton_linear")
+    with compiled_reports("compile_triton_linear") as reports:
+        yield reports
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])

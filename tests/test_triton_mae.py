@@ -25,7 +25,8 @@ CASES = cases()
 @pytest.fixture(scope="module")
 def compiled():
     """Every case's report, compiled once."""
-    return compiled_reports("compile_triton_mae")
+    with compiled_reports("compile_triton_mae") as reports:
+        yield reports
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])

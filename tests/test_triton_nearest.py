@@ -23,7 +23,8 @@ CASES = cases()
 @pytest.fixture(scope="module")
 def compiled():
     """Every case's report, compiled once."""
-    return compiled_reports("compile_triton_searches")
+    with compiled_reports("compile_triton_searches") as reports:
+        yield reports
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])

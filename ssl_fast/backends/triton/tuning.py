@@ -1,8 +1,8 @@
 """Tile sizes for the Triton kernels: frozen tables, keyed by op, dtype, depth and architecture.
 
-Every row below was compiled ahead of time and looked at for spills, registers and shared memory;
-none has been measured on a card yet, and each says so. A row that is measured later takes the
-card's name as its source, and its own date.
+The tests compile every row below ahead of time and hold its spills, registers and shared memory
+against limits; none has been measured on a card yet, and each says so. A row that is measured later
+takes the card's name as its source, and its own date.
 """
 
 import functools
@@ -90,8 +90,9 @@ def _sixteen_bit(dtype: str) -> Table:
         ("weights", dtype, ANY_DEPTH, "sm_100"): Config(128, 128, 64, 8, 3),
         ("weights_mirror", dtype, ANY_DEPTH, "sm_100"): Config(128, 64, 64, 8, 3),
         ("weights_moments", dtype, ANY_DEPTH, "sm_100"): Config(128, 64, 64, 8, 3),
-        # 64 KB of shared memory at most: AMD's limit, and within the consumer cards' 99 KB. Odd
-        # depths are loaded element by element, and chunks of 64 then spill on sm_90 or sm_100
+        # 64 KB of shared memory at most: AMD's limit, and within the consumer cards' 99 KB. Depths
+        # that 16 doesn't divide come here on any card and are loaded element by element: chunks of
+        # 64 spill 32 to 220 bytes then on sm_100 (linear_reconstruction's 456 on sm_90)
         ("sweep", dtype, 64, "generic"): Config(64, 64, 64, 4, 2),
         ("sweep", dtype, 128, "generic"): Config(64, 64, 128, 4, 2),
         ("sweep", dtype, ANY_DEPTH, "generic"): _newest(64, 64, 32, 4, 2),
@@ -152,7 +153,7 @@ def _searches(dtype: str) -> Table:
             ("top_k", dtype, ANY_DEPTH, architecture): _new(64, 64, 64, 8, 3),
         }
     return table | {
-        # of odd depths, 4 warps spill 648 bytes at 128, and 384 in chunks of 64
+        # where 16 doesn't divide the depth, 4 warps spill 648 bytes at 128, and 384 in chunks of 64
         ("nearest", dtype, 128, "generic"): _newest(64, 64, 128, 8, 2),
         ("nearest", dtype, ANY_DEPTH, "generic"): _newest(64, 64, 32, 4, 2),
         ("top_k", dtype, ANY_DEPTH, "generic"): _new(32, 64, 64, 4, 2),
