@@ -92,7 +92,7 @@ def _sixteen_bit(dtype: str) -> Table:
         ("weights_moments", dtype, ANY_DEPTH, "sm_100"): Config(128, 64, 64, 8, 3),
         # 64 KB of shared memory at most: AMD's limit, and within the consumer cards' 99 KB. Depths
         # that 16 doesn't divide come here on any card and are loaded element by element: chunks of
-        # 64 spill 32 to 220 bytes then on sm_100 (linear_reconstruction's 456 on sm_90)
+        # 64 spill 32 to 244 bytes then on sm_100 (linear_reconstruction's 456 on sm_90)
         ("sweep", dtype, 64, "generic"): Config(64, 64, 64, 4, 2),
         ("sweep", dtype, 128, "generic"): Config(64, 64, 128, 4, 2),
         ("sweep", dtype, ANY_DEPTH, "generic"): _newest(64, 64, 32, 4, 2),
@@ -135,7 +135,7 @@ def _more_sixteen_bit(dtype: str) -> Table:
         ("linear_reconstruction", dtype, ANY_DEPTH, "sm_90"): _new(128, 64, 64, 8, 3),
         ("linear_reconstruction", dtype, ANY_DEPTH, "sm_100"): _new(128, 64, 64, 8, 3),
         ("linear_reconstruction", dtype, ANY_DEPTH, "generic"): _newest(64, 64, 32, 4, 2),
-        ("sigmoid_sweep", dtype, ANY_DEPTH, "generic"): _new(64, 64, 64, 4, 2),
+        ("sigmoid_sweep", dtype, ANY_DEPTH, "generic"): _newest(64, 64, 32, 4, 2),
         ("sigmoid_weights", dtype, ANY_DEPTH, "generic"): _new(64, 64, 64, 4, 2),
     }
 
