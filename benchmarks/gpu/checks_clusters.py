@@ -39,7 +39,7 @@ def clusters_of(shape: Shape) -> int:
     return max(1, min(3 * shape.rows // 8, 300))
 
 
-def _rows(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+def rows_of(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
     """Rows [B, N, D] around centroids [B, K, D], two of which are equal."""
     count = clusters_of(shape)
     made = generator(*shape)
@@ -56,7 +56,7 @@ def _chosen(exact: Tensor, labels: Tensor) -> Tensor:
 
 
 def _assign(shape: Shape, dtype: torch.dtype, device: str, backend: str) -> str:
-    x, centroids = _rows(shape, dtype, device)
+    x, centroids = rows_of(shape, dtype, device)
     labels, squared = ssl_fast.kmeans_assign(x, centroids, backend=backend)
     exact = distances(x, centroids)
     count = centroids.shape[1]
@@ -79,7 +79,7 @@ def _lowest(exact: Tensor) -> Tensor:
 
 
 def _assign_gradient(shape: Shape, dtype: torch.dtype, device: str, backend: str) -> str:
-    x, centroids = (v.requires_grad_() for v in _rows(shape, dtype, device))
+    x, centroids = (v.requires_grad_() for v in rows_of(shape, dtype, device))
     labels, squared = ssl_fast.kmeans_assign(x, centroids, backend=backend)
     gradients = torch.autograd.grad(squared.sum(), (x, centroids))
     wide, others = x.detach().double(), centroids.detach().double()
@@ -96,7 +96,7 @@ def _assign_gradient(shape: Shape, dtype: torch.dtype, device: str, backend: str
 
 
 def _update(shape: Shape, dtype: torch.dtype, device: str, backend: str) -> str:
-    x, centroids = _rows(shape, dtype, device)
+    x, centroids = rows_of(shape, dtype, device)
     count = centroids.shape[1]
     made = generator(*shape, 1)
     # Some rows take no part, and some clusters stay empty.
@@ -123,7 +123,7 @@ def _update(shape: Shape, dtype: torch.dtype, device: str, backend: str) -> str:
 
 def _lloyd(shape: Shape, dtype: torch.dtype, device: str, backend: str) -> str:
     """Three iterations: the labels are those of the centroids, and these the means of before."""
-    x, centroids = _rows(shape, dtype, device)
+    x, centroids = rows_of(shape, dtype, device)
     result = ssl_fast.batched_kmeans(
         x, centroids.shape[1], init=centroids, max_iter=3, tol=0.0, backend=backend
     )
@@ -144,7 +144,7 @@ def _lloyd(shape: Shape, dtype: torch.dtype, device: str, backend: str) -> str:
 
 
 def _knn(shape: Shape, dtype: torch.dtype, device: str, backend: str) -> str:
-    x, y = _rows(shape, dtype, device)
+    x, y = rows_of(shape, dtype, device)
     k = min(10, y.shape[1])
     squared, indices = ssl_fast.knn(x, y, k, backend=backend)
     exact = distances(x, y)

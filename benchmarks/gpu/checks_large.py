@@ -34,17 +34,17 @@ class Pairs(NamedTuple):
     part: Callable[..., Tensor]  # (rows, first, second)
 
 
-def _random(place: Place, *shape: int, seed: int = 0) -> Tensor:
+def random_rows(place: Place, *shape: int, seed: int = 0) -> Tensor:
     """Made on the card: the host would take longer than the check."""
     made = torch.Generator(place.device).manual_seed(seed)
     return torch.randn(shape, generator=made, device=place.device, dtype=DTYPE)
 
 
 def _unit(place: Place, rows: int, dim: int, seed: int = 0) -> Tensor:
-    return F.normalize(_random(place, rows, dim, seed=seed), dim=1)
+    return F.normalize(random_rows(place, rows, dim, seed=seed), dim=1)
 
 
-def _size(place: Place, full: int, tiny: int) -> int:
+def size_of(place: Place, full: int, tiny: int) -> int:
     return tiny if place.tiny else full
 
 
@@ -159,7 +159,7 @@ def _pairs_task(pairs: Pairs, rows: int) -> Task:
     name = f"{pairs.name}, pairs above 2^31"
 
     def run(place: Place) -> list[Finding]:
-        count = _size(place, rows, 24)
+        count = size_of(place, rows, 24)
         return [attempt("large", name, lambda: _check_pairs(pairs, count, place))]
 
     return Task("large", name, run, bytes=8 * GIB)
@@ -181,7 +181,7 @@ def sample(rows: int, device: str) -> Tensor:
 
 def _keys(place: Place) -> str:
     """A queue whose elements pass 2^31, and the gradient of the few queries."""
-    rows, dim, count = 64, 512, _size(place, 4_300_000, 300)
+    rows, dim, count = 64, 512, size_of(place, 4_300_000, 300)
     query, key = (_unit(place, rows, dim, seed) for seed in (0, 1))
     queue = _unit(place, count, dim, 2)
     leaf = query.requires_grad_()
@@ -206,7 +206,7 @@ def _keys(place: Place) -> str:
 
 def _queries(place: Place) -> str:
     """Queries whose elements pass 2^31, beside a few negatives."""
-    rows, dim, count = _size(place, 4_300_000, 300), 512, 64
+    rows, dim, count = size_of(place, 4_300_000, 300), 512, 64
     leaf = _unit(place, rows, dim, 0).requires_grad_()
     key, negatives = _unit(place, rows, dim, 1), _unit(place, count, dim, 2)
     loss = ssl_fast.info_nce(
@@ -233,9 +233,9 @@ def _queries(place: Place) -> str:
 
 def _linear(place: Place) -> str:
     """A layer whose output passes 2^31 elements."""
-    rows, hidden, out = _size(place, 65536, 40), 32, _size(place, 33000, 50)
-    x, w = _random(place, rows, hidden), _random(place, out, hidden, seed=1) / hidden**0.5
-    t = _random(place, rows, out, seed=2)
+    rows, hidden, out = size_of(place, 65536, 40), 32, size_of(place, 33000, 50)
+    x, w = random_rows(place, rows, hidden), random_rows(place, out, hidden, seed=1) / hidden**0.5
+    t = random_rows(place, rows, out, seed=2)
     leaves = x.requires_grad_(), w.requires_grad_()
     loss = ssl_fast.linear_reconstruction_loss(*leaves, t, reduction="sum", backend=place.backend)
     gradients = torch.autograd.grad(loss, leaves)

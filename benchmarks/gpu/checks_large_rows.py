@@ -8,7 +8,7 @@ from torch import Tensor
 
 import ssl_fast
 from benchmarks.gpu.checks_clusters import distances
-from benchmarks.gpu.checks_large import PART, _random, _size, off_by, sample, within
+from benchmarks.gpu.checks_large import PART, off_by, random_rows, sample, size_of, within
 from benchmarks.gpu.findings import Place
 
 ABOVE = 2**31 + 4096
@@ -16,10 +16,10 @@ ABOVE = 2**31 + 4096
 
 def _clusters(place: Place) -> str:
     """Rows around centroids far from each other: every label is known."""
-    rows, dim, count = _size(place, 17_000_000, 200), 128, 16
-    centroids = 4 * _random(place, count, dim, seed=1)
+    rows, dim, count = size_of(place, 17_000_000, 200), 128, 16
+    centroids = 4 * random_rows(place, count, dim, seed=1)
     labels = torch.arange(rows, device=place.device) * 7 % count
-    x = _random(place, rows, dim)
+    x = random_rows(place, rows, dim)
     for part, own in zip(x.split(PART // dim), labels.split(PART // dim), strict=True):
         part += centroids[own]
     found, squared = ssl_fast.kmeans_assign(x, centroids, backend=place.backend)
@@ -46,8 +46,8 @@ def _clusters(place: Place) -> str:
 
 def _neighbours(place: Place) -> str:
     """Pairs above 2^31; the exact distances of a sample of the queries."""
-    rows, others, dim, k = _size(place, 2048, 20), _size(place, 1_100_000, 300), 16, 5
-    x, y = _random(place, rows, dim), _random(place, others, dim, seed=1)
+    rows, others, dim, k = size_of(place, 2048, 20), size_of(place, 1_100_000, 300), 16, 5
+    x, y = random_rows(place, rows, dim), random_rows(place, others, dim, seed=1)
     squared, indices = ssl_fast.knn(x, y, k, backend=place.backend)
     seen = sample(rows, place.device)[-48:]
     exact = distances(x[seen][None], y[None])[0]
@@ -58,9 +58,7 @@ def _neighbours(place: Place) -> str:
     return f"neighbours off by {of_chosen:.0e}"
 
 
-def _check_parts(
-    what: str, gradient: Tensor, exact, pieces: int, allowed: float = 8e-3
-) -> float:
+def _check_parts(what: str, gradient: Tensor, exact, pieces: int, allowed: float = 8e-3) -> float:
     """The gradient against ``exact`` (of a slice of it), a piece at a time; the worst error."""
     flat = gradient.reshape(-1)
     worst = 0.0
@@ -76,8 +74,8 @@ def _check_parts(
 
 
 def _pixels(place: Place) -> str:
-    count = _size(place, ABOVE, 5000)
-    x, t = _random(place, count), _random(place, count, seed=1)
+    count = size_of(place, ABOVE, 5000)
+    x, t = random_rows(place, count), random_rows(place, count, seed=1)
     x.requires_grad_()
     loss = ssl_fast.reconstruction_loss(x, t, reduction="sum", backend=place.backend)
     (gradient,) = torch.autograd.grad(loss, x)
@@ -94,8 +92,11 @@ def _pixels(place: Place) -> str:
 
 
 def _patches(place: Place) -> str:
-    batch, length, size = _size(place, 14_300, 3), 196, 768
-    pred, target = _random(place, batch, length, size), _random(place, batch, length, size, seed=1)
+    batch, length, size = size_of(place, 14_300, 3), 196, 768
+    pred, target = (
+        random_rows(place, batch, length, size),
+        random_rows(place, batch, length, size, seed=1),
+    )
     pred.requires_grad_()
     mask = (torch.arange(batch * length, device=place.device) % 4 != 0).view(batch, length).float()
     loss = ssl_fast.mae_loss(pred, target, mask, backend=place.backend)
@@ -120,9 +121,9 @@ def _patches(place: Place) -> str:
 
 def _latents(place: Place) -> str:
     """The divergence of latents above 2^31, beside a small reconstruction."""
-    batch, size = _size(place, 1049, 9), _size(place, 2**21, 64)
-    mu, logvar = _random(place, batch, size), _random(place, batch, size, seed=1)
-    recon, target = _random(place, batch, 4, seed=2), torch.zeros(batch, 4, device=place.device)
+    batch, size = size_of(place, 1049, 9), size_of(place, 2**21, 64)
+    mu, logvar = random_rows(place, batch, size), random_rows(place, batch, size, seed=1)
+    recon, target = random_rows(place, batch, 4, seed=2), torch.zeros(batch, 4, device=place.device)
     leaves = mu.requires_grad_(), logvar.requires_grad_()
     terms = ssl_fast.vae_loss(recon, target, *leaves, reduction="sum", backend=place.backend)
     gradients = torch.autograd.grad(terms.loss, leaves)
@@ -144,8 +145,8 @@ def _latents(place: Place) -> str:
 
 
 def _parameters(place: Place) -> str:
-    count = _size(place, ABOVE, 5000)
-    parameter, anchor = _random(place, count), _random(place, count, seed=1)
+    count = size_of(place, ABOVE, 5000)
+    parameter, anchor = random_rows(place, count), random_rows(place, count, seed=1)
     parameter.requires_grad_()
     loss = ssl_fast.l2_sp([parameter], [anchor], 0.5, backend=place.backend)
     (gradient,) = torch.autograd.grad(loss, parameter)

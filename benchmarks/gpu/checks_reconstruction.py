@@ -160,9 +160,7 @@ def _l2_sp(backend: str, *tensors: Tensor) -> Any:
 
 def _plain_l2_sp(*tensors: Tensor) -> Tensor:
     half = len(tensors) // 2
-    squares = [
-        (p - a).square().sum() for p, a in zip(tensors[:half], tensors[half:], strict=True)
-    ]
+    squares = [(p - a).square().sum() for p, a in zip(tensors[:half], tensors[half:], strict=True)]
     return 0.25 * torch.stack(squares).sum()
 
 
