@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 import ssl_fast
 from benchmarks.gpu.compare import RELATIVE, Shape, generator, part_of_allowed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # 16-bit labels are certified in float64; of fp32 features, a label may be further than the nearest
 # by what fp32 loses of the largest distance.

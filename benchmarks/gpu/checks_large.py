@@ -6,8 +6,7 @@ around, which is no small error.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,9 @@ from torch import Tensor
 import ssl_fast
 from benchmarks.gpu.compare import RELATIVE, generator
 from benchmarks.gpu.findings import Finding, Place, Task, attempt
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 GIB = 2**30
 DTYPE = torch.bfloat16
@@ -145,7 +147,7 @@ def _check_pairs(pairs: Pairs, rows: int, place: Place) -> str:
     for part in torch.arange(rows, device=place.device).split(max(1, PART // (2 * rows))):
         value = pairs.part(part, *wide)
         for total, gradient in zip(sums, torch.autograd.grad(value, wide), strict=True):
-            total += gradient
+            total.add_(gradient)
         exact += value.detach()
     of_loss = within("loss", loss.detach(), exact, 1e-4)
     worst = max(

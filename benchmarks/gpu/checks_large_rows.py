@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +11,9 @@ from torch import Tensor
 import ssl_fast
 from benchmarks.gpu.checks_clusters import distances
 from benchmarks.gpu.checks_large import PART, off_by, random_rows, sample, size_of, within
-from benchmarks.gpu.findings import Place
+
+if TYPE_CHECKING:
+    from benchmarks.gpu.findings import Place
 
 ABOVE = 2**31 + 4096
 
@@ -21,7 +25,7 @@ def _clusters(place: Place) -> str:
     labels = torch.arange(rows, device=place.device) * 7 % count
     x = random_rows(place, rows, dim)
     for part, own in zip(x.split(PART // dim), labels.split(PART // dim), strict=True):
-        part += centroids[own]
+        part.add_(centroids[own])
     found, squared = ssl_fast.kmeans_assign(x, centroids, backend=place.backend)
     if not torch.equal(found, labels):
         wrong = int((found != labels).sum())

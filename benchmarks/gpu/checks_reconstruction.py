@@ -29,6 +29,11 @@ def _elements(shape: Shape) -> float:
     return float(shape.rows * shape.dim)
 
 
+def _one(_: Shape) -> float:
+    """Of a sum, whose gradients are as large as the tensors."""
+    return 1.0
+
+
 def _random(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=generator(*shape, seed))
 
@@ -177,5 +182,5 @@ SUBJECTS = (
     *map(_linear, KINDS),
     Subject("mae_loss", _mae, _plain_mae, _patches, _MAE_SHAPES),
     Subject("vae_loss", _vae, _plain_vae, _latents),
-    Subject("l2_sp", _l2_sp, _plain_l2_sp, _parameters, lift=lambda shape: 1.0),
+    Subject("l2_sp", _l2_sp, _plain_l2_sp, _parameters, lift=_one),
 )  # fmt: skip

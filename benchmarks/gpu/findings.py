@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 GROUPS = ("correctness", "large", "determinism", "graph", "compile", "memory", "speed")
 # A finding of one of these makes the exit non-zero; a target that is missed does as well, as in
@@ -103,7 +105,7 @@ def healthy(place: Place) -> bool:
 
 def perform(task: Task, place: Place) -> list[Finding]:
     """The task's findings; what it raises is one."""
-    if task.bytes > place.free_bytes():
+    if task.bytes and task.bytes > place.free_bytes():
         needed = f"needs {task.bytes / 2**30:.0f} GiB of the card's memory"
         return [Finding(task.group, task.name, "skipped", needed)]
     try:

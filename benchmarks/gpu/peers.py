@@ -32,15 +32,9 @@ def installed(name: str) -> bool:
 
 def versions() -> dict[str, str | None]:
     """The version of each peer, None where it is not installed."""
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import version
 
-    found: dict[str, str | None] = {}
-    for name in MODULES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    return {name: version(name) if installed(name) else None for name in MODULES}
 
 
 def plain_class_loss(rows: Tensor, classes: Tensor, labels: Tensor) -> Tensor:

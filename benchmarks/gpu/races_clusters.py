@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 import ssl_fast
 from benchmarks.gpu import peers
-from benchmarks.gpu.findings import Place
 from benchmarks.gpu.races import EAGER, OURS, Race, Side, Step, faster_than
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benchmarks.gpu.findings import Place
 
 DTYPE = torch.float16
 # Of the mean squared distance of a sample, and of the centroids: fp16 scores decide some rows

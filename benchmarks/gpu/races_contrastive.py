@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +11,6 @@ from torch import Tensor
 from benchmarks.cases import Case
 from benchmarks.cases import inputs as inputs_of
 from benchmarks.gpu import peers
-from benchmarks.gpu.findings import Place
 from benchmarks.gpu.races import (
     COMPILED,
     EAGER,
@@ -28,6 +26,11 @@ from benchmarks.gpu.races import (
     share_of_peak,
 )
 from benchmarks.workloads import WORKLOADS, Loss
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from benchmarks.gpu.findings import Place
 
 # A dense loss in bf16 rounds its logits to 8 bits; the gate is that of the other benchmarks.
 SAME = {"bf16": 6e-2, "fp32": 2e-4}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import ssl_fast
-from benchmarks.gpu.findings import Place
 from benchmarks.gpu.races import (
     COMPILED,
     EAGER,
@@ -22,6 +20,11 @@ from benchmarks.gpu.races import (
     share_of_copy,
     times_as_long,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from benchmarks.gpu.findings import Place
 
 PLAIN = {"mse": F.mse_loss, "bce_with_logits": F.binary_cross_entropy_with_logits}
 INPUT_BYTES = 2**30

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.gpu import card
 from benchmarks.gpu.findings import FAILED, GROUPS, MISSED
 from benchmarks.gpu.plot import draw
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 NAME = "gpu"
 HEADER = "| | status | what was found |\n|---|---|---|"
@@ -38,13 +40,8 @@ def _json(document: dict[str, Any]) -> str:
 
 def markdown(document: dict[str, Any]) -> str:
     """The findings as a page."""
-    lines = [
-        f"{card.sentence(document['machine'])}. Measured {document['date']} in "
-        f"{document['seconds']:.0f} s.",
-        "",
-        summary(document),
-        "",
-    ]
+    took = f"Measured {document['date']} in {document['seconds']:.0f} s."
+    lines = [f"{card.sentence(document['machine'])}. {took}", "", summary(document), ""]
     for group in GROUPS:
         findings = [found for found in document["findings"] if found["group"] == group]
         if not findings:

@@ -1,8 +1,8 @@
-"""Tasks in processes of their own: a launch that spoils the card's context, or never ends, costs
-the others nothing.
+"""Tasks in processes of their own, so that one that fails badly costs the others nothing.
 
-A process takes a task's key, sends its findings, and takes the next one. After a failure that left
-the card without an answer it ends, and a new one goes on.
+A launch may spoil the card's context, or never end. A process takes a task's key, sends its
+findings, and takes the next one. After a failure that left the card without an answer it ends, and
+a new one goes on.
 """
 
 from __future__ import annotations

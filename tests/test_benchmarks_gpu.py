@@ -1,0 +1,410 @@
+"""The run for a card, without one: its checks find what is wrong, and its sides agree."""
+
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import ssl_fast
+
+ROOT = Path(__file__).resolve().parent.parent
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("no benchmarks beside these tests", allow_module_level=True)
+# Behind everything else: the checkout's ssl_fast must not shadow the installed one.
+sys.path.append(str(ROOT))
+
+from benchmarks.gpu import (  # noqa: E402
+    __main__,
+    card,
+    checks,
+    checks_clusters,
+    checks_large,
+    compare,
+    peers,
+    plan,
+    plot,
+    properties,
+    races,
+    races_clusters,
+    races_contrastive,
+    report,
+    workers,
+)
+from benchmarks.gpu.findings import Finding, Place, Task, perform  # noqa: E402
+from ssl_fast.backends import dispatch  # noqa: E402
+
+try:
+    dispatch.resolve("pair_softmax", "cpu", torch.float32, (8, 8, 8), "native")
+    BACKENDS = ("native", "reference")
+except RuntimeError:
+    BACKENDS = ("reference",)
+PLACE = Place("cpu", BACKENDS[0], scale=64)
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def found_in(tasks, place=PLACE):
+    return [finding for task in tasks for finding in perform(task, place)]
+
+
+def bad(findings):
+    return [finding.line() for finding in findings if finding.status == "failed"]
+
+
+@every_backend
+def test_every_check_passes_at_tiny_sizes(backend):
+    tasks = checks.tasks()
+    findings = found_in(tasks, replace(PLACE, backend=backend))
+    assert bad(findings) == []
+    assert len(findings) == len(tasks) * len(checks.TINY)
+    for finding in findings:
+        if "options" in finding.name or "hard" in finding.name:
+            assert not finding.detail.startswith("4 results, 0%"), "no pair was left to look at"
+
+
+def test_every_public_loss_and_dtype_is_checked():
+    names = {task.name for task in checks.tasks()}
+    functions = [
+        "info_nce", "nt_xent", "sup_con", "clip_loss", "siglip_loss", "mae_loss", "vae_loss",
+        "l2_sp", "kmeans_assign", "kmeans_update", "batched_kmeans", "knn",
+    ]  # fmt: skip
+    functions += [
+        f"{loss} {kind}"
+        for loss in ("reconstruction_loss", "linear_reconstruction_loss")
+        for kind in ("mse", "l1", "smooth_l1", "huber", "bce", "bce_with_logits")
+    ]
+    assert {f"{name} {dtype}" for name in functions for dtype in checks.DTYPES} <= names
+    public = {x for x in ssl_fast.__all__ if x.endswith("_loss") or x.startswith("kmeans")}
+    assert public <= {name.split()[0] for name in names}
+    assert len({task.key for task in plan.tasks()}) == len(plan.tasks())
+    on_a_card = checks.shapes_for(None, "bf16", Place())
+    assert {shape.dim for shape in on_a_card} >= {3, 19, 64, 128, 256, 768}
+
+
+@every_backend
+def test_what_is_large_on_a_card_is_checked_small_here(backend):
+    findings = found_in(checks_large.tasks(), replace(PLACE, backend=backend))
+    assert bad(findings) == []
+    assert len(findings) == 14
+
+
+def spoiled(monkeypatch, name, spoil):
+    """The public function with something done to its result."""
+    right = getattr(ssl_fast, name)
+    monkeypatch.setattr(ssl_fast, name, lambda *args, **kwargs: spoil(right(*args, **kwargs)))
+
+
+def run_some(monkeypatch, tmp_path, tasks):
+    monkeypatch.setattr(plan, "tasks", lambda: tasks)
+    return __main__.run(PLACE, tmp_path, 600.0, processes=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("info_nce", lambda loss: loss * 1.05),
+        ("siglip_loss", lambda loss: loss.detach() * 0.9 + 0.1 * loss),
+        ("mae_loss", lambda loss: loss * float("nan")),
+        ("kmeans_assign", lambda found: (found[0].roll(1, -1), found[1])),
+        ("kmeans_update", lambda found: (found[0] * 1.1, found[1])),
+        ("knn", lambda found: (found[0], found[1].flip(1))),
+    ],
+)
+def test_a_wrong_result_is_named_and_ends_in_1(monkeypatch, tmp_path, capsys, name, spoil):
+    tasks = [task for task in checks.tasks() if task.name.startswith((name, "nt_xent"))]
+    assert run_some(monkeypatch, tmp_path, tasks) == 0
+    capsys.readouterr()
+    spoiled(monkeypatch, name, spoil)
+    assert run_some(monkeypatch, tmp_path, tasks) == 1
+    shown = capsys.readouterr().out
+    assert f"FAILED  correctness {name}" in shown
+    document = json.loads((tmp_path / "gpu.json").read_text())
+    failed = [x["name"] for x in document["findings"] if x["status"] == "failed"]
+    assert failed
+    assert all(entry.startswith(name) for entry in failed)
+    # the other checks still ran
+    assert any(x["name"].startswith("nt_xent") for x in document["findings"])
+    assert f"correctness: {failed[0]}" in (tmp_path / "gpu.md").read_text()
+
+
+def test_what_raises_is_named_and_the_others_run(monkeypatch, tmp_path, capsys):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no such kernel\nmore")
+
+    tasks = [task for task in checks.tasks() if task.name in {"info_nce bf16", "nt_xent bf16"}]
+    monkeypatch.setattr(ssl_fast, "info_nce", broken)
+    assert run_some(monkeypatch, tmp_path, tasks) == 1
+    shown = capsys.readouterr().out
+    assert "RuntimeError: no such kernel (test_benchmarks_gpu.py:" in shown
+    assert shown.count("ok      correctness nt_xent bf16") == 2
+
+
+def test_a_result_that_changes_is_named(monkeypatch):
+    (task,) = (x for x in properties.tasks() if x.key == "determinism: info_nce")
+    assert bad(perform(task, PLACE)) == []
+    spoiled(monkeypatch, "info_nce", lambda loss: loss + torch.rand(()))
+    assert "result 0 differs" in perform(task, PLACE)[0].detail
+
+
+def test_every_loss_repeats_and_compiles_whole():
+    tasks = properties.tasks()
+    findings = found_in([task for task in tasks if task.group != "compile"])
+    assert bad(findings) == []
+    assert {x.status for x in findings if x.group == "determinism"} == {"ok"}
+    assert {x.group for x in findings if x.status == "skipped"} == {"graph", "memory"}
+    some = [x for x in tasks if x.key in {"compile: info_nce", "compile: mae_loss"}]
+    assert [x.status for x in found_in(some)] == ["ok", "ok"]
+
+
+def test_a_graph_break_is_named(monkeypatch):
+    (task,) = (x for x in properties.tasks() if x.key == "compile: info_nce")
+
+    def broken(loss):
+        torch._dynamo.graph_break()
+        return loss
+
+    spoiled(monkeypatch, "info_nce", broken)
+    assert perform(task, PLACE)[0].status == "failed"
+
+
+def test_without_a_card_the_command_ends_in_2(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert __main__.main(["--out", str(tmp_path)]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """torch.compile that gives its function back: what it makes of it is torch's own affair."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(races, "SECONDS", 0.0)
+
+
+@pytest.mark.parametrize("race", plan.RACES, ids=lambda race: race.name)
+def test_the_sides_of_a_race_agree(uncompiled, race):
+    findings = races.run(race, PLACE)
+    assert bad(findings) == []
+    assert not any("raised" in finding.detail for finding in findings)
+    told = next(x for x in findings if x.name == race.name)
+    ours_and_torch = {side.name for side in race.sides if not side.peer}
+    assert set(told.values["seconds"]) >= ours_and_torch
+    # memory is counted on a card alone, and a peer may be absent
+    for finding in findings:
+        if finding.status == "skipped":
+            assert "memory" in finding.name or finding.name.endswith(tuple(peers.MODULES))
+
+
+def test_goals_are_those_of_the_release():
+    goals = {
+        f"{race.name}, {goal.what}": (goal.bound, goal.at_least)
+        for race in plan.RACES
+        for goal in race.goals
+    }
+    assert goals == {
+        "info_nce 32768x512 bf16 forward, of the matrix peak": (65.0, True),
+        "info_nce 32768x512 bf16 forward+backward, of the matrix peak": (50.0, True),
+        "info_nce 32768x512 bf16 forward+backward, against torch.compile": (1.5, True),
+        "info_nce 32768x512 bf16 forward+backward, extra memory, of eager torch's": (0.05, False),
+        "clip 65536x768 bf16 forward+backward, extra memory": (2.0, False),
+        "clip 65536x768 bf16 forward+backward, against cut-cross-entropy": (1.5, True),
+        "nt_xent 32768x256 bf16 forward+backward, against torch.compile": (2.0, True),
+        **{
+            f"{loss} 256x128 {dtype} forward+backward, against eager torch": (1.0, True)
+            for loss, dtype in (
+                ("info_nce", "fp32"), ("info_nce", "bf16"), ("nt_xent", "fp32"), ("clip", "fp32"),
+                ("siglip", "fp32"),
+            )
+        },
+        "k-means assign, 32 problems of 131072x128, K=1000, fp16, against flash-kmeans": (1, True),
+        "one Lloyd iteration, 4194304x128, K=1024, fp16, against flash-kmeans": (1.0, True),
+        "one Lloyd iteration, 4194304x128, K=1024, fp16, against fastkmeans": (1.0, True),
+        "mse fp32, 1 GiB forward+backward, of the copy bandwidth": (85.0, True),
+        "bce_with_logits fp32, 1 GiB forward+backward, of the copy bandwidth": (85.0, True),
+        "linear reconstruction bf16, 65536 x 1024->4096, times as long as three products":
+            (1.15, False),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("workload", ["info_nce", "clip"])
+def test_the_formulas_around_a_fused_classification_agree(workload):
+    case = races_contrastive.Case(workload, 24, 8)
+    entry = races_contrastive.race(case, (), ()).inputs(replace(PLACE, scale=1))
+    ours = races_contrastive.SIDES[races.OURS].build(entry)()
+    loss = races_contrastive.by_classes(case, peers.plain_class_loss)
+    assert races.relative(ours, races_contrastive.step_of(entry, loss)(), None) < 1e-5
+
+
+def test_centroids_that_are_no_means_are_seen():
+    problem = races_clusters._problem(PLACE, 1, 2**20, 2**14, 128)
+    labels, means = races_clusters._iteration(problem)()
+    assert races_clusters.means_of_labels((), (labels, means), problem) < 1e-3
+    assert races_clusters.means_of_labels((), (labels.roll(1, 1), means), problem) > 0.1
+    assert races_clusters.as_near((labels,), (labels.roll(1, 1),), problem) > 0.1
+
+
+def race_of(*sides, goals=(), same=1e-3):
+    return races.Race(
+        "race", lambda _: torch.ones(4), sides, goals, races.relative, same,
+        flops=lambda _: 1e6, moved=lambda _: 1e6,
+    )  # fmt: skip
+
+
+def side(name, factor, peer=False):
+    def build(x):
+        def step():
+            time.sleep(1e-4)
+            return (factor * x,)
+
+        return step
+
+    return races.Side(name, build, peer)
+
+
+def test_a_side_that_differs_fails_and_is_not_timed(monkeypatch):
+    monkeypatch.setattr(races, "SECONDS", 0.0)
+    other = side(races.EAGER, 1.1)
+    findings = races.run(
+        race_of(side(races.OURS, 1.0), other, goals=(races.faster_than(races.EAGER, 1.0),)), PLACE
+    )
+    assert [x.status for x in findings] == ["failed", "told", "skipped"]
+    assert "differs from ours by 1.0e-01" in findings[0].detail
+    nan = races.run(race_of(side(races.OURS, 1.0), side(races.EAGER, float("nan"))), PLACE)
+    assert nan[0].status == "failed"
+
+
+def test_ours_that_raises_fails_and_a_peer_that_raises_is_told(monkeypatch):
+    monkeypatch.setattr(races, "SECONDS", 0.0)
+
+    def raises(_):
+        raise TypeError("not this way")
+
+    peer = races.Side(peers.CCE, raises, peer=True)
+    monkeypatch.setattr(peers, "installed", lambda _: True)
+    findings = races.run(race_of(side(races.OURS, 1.0), peer), PLACE)
+    assert [x.status for x in findings] == ["told", "told"]
+    assert "raised TypeError: not this way" in findings[0].detail
+    ours = races.task(race_of(races.Side(races.OURS, raises)))
+    assert perform(ours, PLACE)[0].status == "failed"
+    monkeypatch.setattr(peers, "installed", lambda _: False)
+    assert races.run(race_of(side(races.OURS, 1.0), peer), PLACE)[0].detail == "not installed"
+
+
+def test_goals_are_judged():
+    times = {name: races.timing.Times((s,)) for name, s in (("ssl_fast", 2.0), ("eager torch", 3))}
+    found = races.Measured(
+        times, {"ssl_fast": 2**30, "eager torch": 2**32}, 1e12, 6e9,
+        {races.MATRIX_PEAK: 1e12, races.COPY: 4e9},
+    )  # fmt: skip
+    goals = (
+        races.faster_than("eager torch", 1.5),
+        races.faster_than("eager torch", 1.6),
+        races.faster_than("torch.compile", 1.0),
+        races.share_of_peak(50.0),
+        races.share_of_copy(80.0),
+        races.times_as_long("eager torch", 0.7),
+        races.extra_gib(0.5),
+        races.part_of_memory("eager torch", 0.25),
+    )
+    race = race_of(goals=goals)
+    statuses = [x.status for x in races.judged(race, found)[1:]]
+    assert statuses == ["met", "missed", "skipped", "met", "missed", "met", "missed", "met"]
+
+
+def made_up(**changes):
+    seconds = {"ssl_fast": 1e-3, "eager torch": 3e-3, "torch.compile": 2e-3, "liger-kernel": 4e-3}
+    findings = [
+        Finding("correctness", "info_nce bf16 9x5", "ok", "4 results"),
+        Finding("speed", "info_nce 32768x512 bf16 forward", "told", "", {"seconds": seconds}),
+        Finding("speed", "info_nce, against | torch.compile", "missed", "2x >= 3x", {"value": 2.0}),
+        Finding("speed", "late", "skipped", workers.SPENT),
+    ]
+    return {
+        "machine": card.describe("cpu") | {"card": "Card X", "driver": "1.2", "cuda": "13.0"},
+        "date": "2026-11-26",
+        "seconds": 12.3,
+        "findings": [x.as_json() for x in findings],
+    } | changes
+
+
+def test_results_are_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    document = made_up()
+    wrote = report.write(document, tmp_path / "new")
+    assert [path.name for path in wrote] == ["gpu.json", "gpu.md", "gpu.png"]
+    assert json.loads(wrote[0].read_text()) == document
+    page = wrote[1].read_text()
+    assert f"Card X; driver 1.2; CUDA 13.0; torch {torch.__version__}" in page
+    assert "Missed: speed: info_nce, against | torch.compile." in page
+    assert "Skipped: speed: late." in page
+    assert r"| info_nce, against \| torch.compile | **missed** | 2x >= 3x |" in page
+    assert "info_nce bf16 9x5" not in page
+    assert wrote[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_or_races_there_is_no_picture(tmp_path, monkeypatch, capsys):
+    assert not plot.draw(made_up(findings=[]), tmp_path / "x.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert len(report.write(made_up(), tmp_path)) == 2
+    assert "matplotlib is missing" in capsys.readouterr().out
+
+
+def test_exit_codes():
+    statuses = [{"status": status} for status in ("ok", "met", "told", "skipped")]
+    assert report.exit_code({"findings": statuses}) == 0
+    for status in ("failed", "missed"):
+        assert report.exit_code({"findings": [*statuses, {"status": status}]}) == 1
+
+
+def test_time_that_is_spent_names_what_is_left():
+    tasks = checks.tasks()[:2]
+    for run in (workers.in_this_process, workers.in_processes):
+        findings = []
+        run(tasks, PLACE, time.monotonic() - 1.0, findings.extend)
+        assert [x.status for x in findings] == ["skipped", "skipped"]
+        assert {x.detail for x in findings} == {workers.SPENT}
+
+
+def test_a_task_for_a_larger_card_is_skipped(monkeypatch):
+    monkeypatch.setattr(Place, "free_bytes", lambda _: 2.0**30)
+    task = Task("large", "much", lambda _: [], bytes=2**33)
+    assert perform(task, PLACE)[0].detail == "needs 8 GiB of the card's memory"
+
+
+def test_tasks_run_in_a_process_and_one_that_dies_is_named():
+    tasks = [task for task in checks.tasks() if task.name in {"info_nce bf16", "knn fp32"}]
+    unknown = Task("correctness", "nobody knows this key", lambda _: [])
+    findings = []
+    deadline = time.monotonic() + 300.0
+    workers.in_processes([tasks[0], unknown, tasks[1]], PLACE, deadline, findings.extend)
+    assert [x.status for x in findings] == ["ok", "ok", "failed", "ok", "ok"]
+    assert "its process ended with 1" in findings[2].detail
+    slow = []
+    hung = replace(tasks[0], seconds=0.0)
+    worker = workers._Worker(PLACE)
+    worker.seconds = 0.0
+    slow, lives = worker.perform(hung, deadline)
+    worker.end()
+    assert not lives
+    assert "no answer within 0 s" in slow[0].detail
+
+
+def test_distances_come_from_differences():
+    x, y = torch.randn(2, 5, 3), torch.randn(2, 4, 3)
+    found = checks_clusters.distances(x, y)
+    torch.testing.assert_close(found, torch.cdist(x.double(), y.double()).square())
+
+
+def test_an_error_over_what_is_allowed_raises():
+    exact = torch.randn(10, dtype=torch.float64)
+    part = compare.part_of_allowed(exact.float(), exact, torch.float32, what="x")
+    assert 0 < part < 1
+    with pytest.raises(AssertionError, match="x: error"):
+        compare.part_of_allowed(exact.float() * 1.001, exact, torch.float32, what="x")
+    with pytest.raises(AssertionError, match="x: error nan"):
+        compare.part_of_allowed(exact * float("nan"), exact, torch.float32, what="x")
+    with pytest.raises(AssertionError, match="shape"):
+        compare.part_of_allowed(exact[:3], exact, torch.float32, what="x")
