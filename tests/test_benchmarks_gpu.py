@@ -91,6 +91,17 @@ def test_what_is_large_on_a_card_is_checked_small_here(backend):
     assert len(findings) == 14
 
 
+def test_the_native_backend_is_checked_beside_the_other():
+    tasks = [x for x in plan.tasks() if x.name.endswith(" native")]
+    assert {task.name.replace(",", " ").split()[0] for task in tasks} == set(plan.NATIVE)
+    some = [x for x in tasks if x.group != "compile"]
+    findings = found_in(some, replace(PLACE, backend="reference"))
+    assert bad(findings) == []
+    assert all(finding.name.endswith(" native") for finding in findings)
+    wanted = "ok" if "native" in BACKENDS else "skipped"
+    assert {x.status for x in findings if x.group == "correctness"} == {wanted}
+
+
 def spoiled(monkeypatch, name, spoil):
     """The public function with something done to its result."""
     right = getattr(ssl_fast, name)

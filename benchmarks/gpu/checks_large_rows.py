@@ -30,7 +30,7 @@ def _clusters(place: Place) -> str:
     if not torch.equal(found, labels):
         wrong = int((found != labels).sum())
         raise AssertionError(f"labels: {wrong} of {rows} are not the planted ones")
-    means, counts = ssl_fast.kmeans_update(x, labels, count, backend=place.backend)
+    means, counts = ssl_fast.kmeans_update(x, labels, count, backend=place.served)
     sums = torch.zeros(count, dim, dtype=torch.float64, device=place.device)
     error = size = 0.0
     pieces = (v.split(PART // dim) for v in (x, labels, squared))

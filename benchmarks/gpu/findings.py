@@ -33,6 +33,11 @@ class Place:
     def tiny(self) -> bool:
         return self.scale > 1
 
+    @property
+    def served(self) -> str | None:
+        """What a race passes as ``backend``: on a card None, and the dispatcher chooses."""
+        return None if self.device == "cuda" else self.backend
+
     def synchronize(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()

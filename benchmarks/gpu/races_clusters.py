@@ -29,7 +29,7 @@ class Problem(NamedTuple):
 
     x: Tensor  # [B, N, D]
     centroids: Tensor  # [B, K, D]
-    backend: str
+    backend: str | None
 
 
 def _problem(place: Place, batch: int, rows: int, clusters: int, dim: int) -> Problem:
@@ -40,7 +40,7 @@ def _problem(place: Place, batch: int, rows: int, clusters: int, dim: int) -> Pr
         torch.randn(shape[0], n, width, generator=made, device=place.device, dtype=DTYPE)
         for n in (count, shape[1])
     )
-    return Problem(x, centroids, place.backend)
+    return Problem(x, centroids, place.served)
 
 
 def _assign(problem: Problem) -> Step:

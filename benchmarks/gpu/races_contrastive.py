@@ -44,7 +44,7 @@ class Entry(NamedTuple):
     """A race's inputs: the case at its size here, the backend, and the tensors."""
 
     case: Case
-    backend: str
+    backend: str | None
     learned: tuple[Tensor, ...]
     fixed: tuple[Tensor, ...]
 
@@ -112,7 +112,7 @@ def race(
         learned, fixed = inputs_of(here(place))
         for tensor in learned:
             tensor.requires_grad_(case.gradient)
-        return Entry(here(place), place.backend, learned, fixed)
+        return Entry(here(place), place.served, learned, fixed)
 
     def flops(place: Place) -> float:
         now = here(place)

@@ -37,7 +37,7 @@ class Entry(NamedTuple):
 
     learned: tuple[Tensor, ...]
     target: Tensor
-    backend: str
+    backend: str | None
 
 
 def _step(entry: Entry, loss: Callable[..., Tensor]) -> Step:
@@ -64,7 +64,7 @@ def _elements(kind: str) -> Race:
         made = torch.Generator(place.device).manual_seed(0)
         x = torch.randn(count, generator=made, device=place.device)
         t = torch.rand(count, generator=made, device=place.device)
-        return Entry((x.requires_grad_(),), t, place.backend)
+        return Entry((x.requires_grad_(),), t, place.served)
 
     def ours(entry: Entry) -> Step:
         def loss(x: Tensor, t: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def _layer() -> Race:
             return torch.randn(shape, generator=made, device=place.device, dtype=torch.bfloat16)
 
         learned = normal(n, h), normal(d, h) / h**0.5, normal(d)
-        return Entry(tuple(x.requires_grad_() for x in learned), normal(n, d), place.backend)
+        return Entry(tuple(x.requires_grad_() for x in learned), normal(n, d), place.served)
 
     def ours(entry: Entry) -> Step:
         def loss(x: Tensor, w: Tensor, bias: Tensor, t: Tensor) -> Tensor:
