@@ -385,7 +385,7 @@ def test_a_task_for_a_larger_card_is_skipped(monkeypatch):
     assert perform(task, PLACE)[0].detail == "needs 8 GiB of the card's memory"
 
 
-def test_tasks_run_in_a_process_and_one_that_dies_is_named():
+def test_tasks_run_in_a_process_and_one_that_dies_is_named(monkeypatch):
     tasks = [task for task in checks.tasks() if task.name in {"info_nce bf16", "knn fp32"}]
     unknown = Task("correctness", "nobody knows this key", lambda _: [])
     findings = []
@@ -393,14 +393,15 @@ def test_tasks_run_in_a_process_and_one_that_dies_is_named():
     workers.in_processes([tasks[0], unknown, tasks[1]], PLACE, deadline, findings.extend)
     assert [x.status for x in findings] == ["ok", "ok", "failed", "ok", "ok"]
     assert "its process ended with 1" in findings[2].detail
-    slow = []
-    hung = replace(tasks[0], seconds=0.0)
+    monkeypatch.setattr(workers, "GRACE_SECONDS", 0.0)
     worker = workers._Worker(PLACE)
-    worker.seconds = 0.0
-    slow, lives = worker.perform(hung, deadline)
+    late, lives = worker.perform(tasks[0], time.monotonic())
+    assert not lives
+    assert (late[0].status, late[0].detail) == ("skipped", workers.SPENT)
+    hung, lives = worker.perform(replace(tasks[0], seconds=0.0), deadline)
     worker.end()
     assert not lives
-    assert "no answer within 0 s" in slow[0].detail
+    assert "no answer within 0 s" in hung[0].detail
 
 
 def test_distances_come_from_differences():

@@ -51,9 +51,10 @@ def draw(document: dict[str, Any], path: Path) -> bool:
             place += 1.0
         place += 0.8
     axis.set_yticks(places, labels, fontsize=8.5)
-    axis.invert_yaxis()
+    axis.set_ylim(place - 0.8, -1.0)
     axis.axvline(1.0, color="#444444", lw=0.8)
     axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axis.set_xlabel("time, in times that of ssl_fast")
     axis.grid(True, axis="x", color="#e6e8ec")
     axis.set_axisbelow(True)

@@ -11,7 +11,14 @@ import torch
 import ssl_fast
 from benchmarks.gpu.checks import SUBJECTS
 from benchmarks.gpu.checks_clusters import rows_of
-from benchmarks.gpu.compare import Inputs, Shape, Subject, outputs_of, values_and_gradients
+from benchmarks.gpu.compare import (
+    Inputs,
+    Shape,
+    Subject,
+    outputs_of,
+    part_of_allowed,
+    values_and_gradients,
+)
 from benchmarks.gpu.findings import Finding, Place, Task, attempt
 
 if TYPE_CHECKING:
@@ -128,8 +135,12 @@ def _replayed(step: Callable[[Inputs], list[Tensor]], inputs: Inputs) -> str:
     graph.replay()
     torch.cuda.synchronize()
     replayed = [x.clone() for x in captured]
-    _same_bits(replayed, step(inputs), "replay")
-    return "captured and replayed with other values, the same bits as without a graph"
+    # The library may choose another product for a graph: near is enough, and equality is told.
+    plain = step(inputs)
+    for i, (x, e) in enumerate(zip(replayed, plain, strict=True)):
+        part_of_allowed(x, e, DTYPE, what=f"replay: result {i}")
+    same = all(torch.equal(x, e) for x, e in zip(replayed, plain, strict=True))
+    return f"replayed with other values, {'the same' if same else 'other'} bits as without a graph"
 
 
 def _graph(subject: Subject) -> Task:
