@@ -153,6 +153,13 @@ def test_what_raises_is_named_and_the_others_run(monkeypatch, tmp_path, capsys):
     assert shown.count("ok      correctness nt_xent bf16") == 2
 
 
+def test_after_a_lost_context_the_other_shapes_are_named(monkeypatch):
+    (task,) = (x for x in checks.tasks() if x.name == "info_nce bf16")
+    spoiled(monkeypatch, "info_nce", lambda loss: 2 * loss)
+    monkeypatch.setattr(checks, "healthy", lambda _: False)
+    assert [x.status for x in perform(task, PLACE)] == ["failed", "skipped"]
+
+
 def test_a_result_that_changes_is_named(monkeypatch):
     (task,) = (x for x in properties.tasks() if x.key == "determinism: info_nce")
     assert bad(perform(task, PLACE)) == []

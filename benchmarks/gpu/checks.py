@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.gpu import checks_clusters, checks_contrastive, checks_reconstruction
 from benchmarks.gpu.compare import Shape, Subject, against_float64
-from benchmarks.gpu.findings import Finding, Place, Task, attempt, healthy
+from benchmarks.gpu.findings import FAILED, Finding, Place, Task, attempt, healthy
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SUBJECTS = (*checks_contrastive.SUBJECTS, *checks_reconstruction.SUBJECTS)
@@ -17,10 +17,11 @@ SUBJECTS = (*checks_contrastive.SUBJECTS, *checks_reconstruction.SUBJECTS)
 # which takes longer than running it: the shapes that all dtypes share are few.
 SHARED = (Shape(257, 19), Shape(1000, 128), Shape(33, 3))
 MORE = {
-    "fp32": (Shape(512, 300),),
+    "fp32": (Shape(512, 300), Shape(1, 16)),
     "bf16": (Shape(512, 64), Shape(1537, 256), Shape(384, 768), Shape(2, 16)),
     "fp16": (Shape(640, 256), Shape(129, 1024)),
 }
+LOST = "the failure above took the card's context with it"
 TINY = (Shape(9, 5), Shape(16, 8))
 
 
@@ -33,12 +34,16 @@ def shapes_for(subject: Subject | None, dtype: str, place: Place) -> tuple[Shape
 
 
 def _over_shapes(name: str, check, shapes, place: Place) -> list[Finding]:
-    """A finding for every shape; once the card's context is lost, no more are looked at."""
-    findings = []
+    """A finding for every shape; once the card's context is lost, the others are only named."""
+    findings: list[Finding] = []
+    lost = False
     for shape in shapes:
-        findings.append(attempt("correctness", f"{name} {shape}", partial(check, shape)))
-        if findings[-1].status == "failed" and not healthy(place):
-            break
+        what = f"{name} {shape}"
+        if lost:
+            findings.append(Finding("correctness", what, "skipped", LOST))
+            continue
+        findings.append(attempt("correctness", what, partial(check, shape)))
+        lost = findings[-1].status == FAILED and not healthy(place)
     return findings
 
 

@@ -32,7 +32,7 @@ def distances(x: Tensor, others: Tensor) -> Tensor:
     """|x_i - y_j|^2 in float64, [B, N, M], from differences, a problem and some rows at a time."""
     found = []
     for rows, columns in zip(x.double(), others.double(), strict=True):
-        step = max(1, 2**25 // max(1, columns.numel()))
+        step = max(1, 2**23 // max(1, columns.numel()))
         parts = [(part[:, None] - columns).square().sum(2) for part in rows.split(step)]
         found.append(torch.cat(parts))
     return torch.stack(found)

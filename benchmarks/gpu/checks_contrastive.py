@@ -31,6 +31,16 @@ def _pairs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
     return Inputs((*_views(shape, dtype, device, unit=False), _number(0.2, device)))
 
 
+def _padded_pairs(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
+    """Rows inside of longer ones, which begin at an odd element; what lies between is NaN."""
+    first, second, temperature = _pairs(shape, dtype, device).learned
+    padded = []
+    for x in (first, second):
+        room = torch.full((shape.rows, shape.dim + 5), torch.nan, dtype=dtype, device=device)
+        padded.append(room[:, 1 : shape.dim + 1].copy_(x))
+    return Inputs((*padded, temperature))
+
+
 def _with_queue(shape: Shape, dtype: torch.dtype, device: str) -> Inputs:
     queue = torch.randn(3 * shape.rows + 5, shape.dim, generator=generator(*shape, 2))
     return Inputs(
@@ -160,6 +170,7 @@ _SMOOTH = {"label_smoothing": 0.1, "margin": 0.1}
 _HARD = {"hard_negative_beta": 0.5, "decoupled": True}
 SUBJECTS = (
     Subject("info_nce", _info_nce, _plain_info_nce, _pairs),
+    Subject("info_nce of padded rows", _info_nce, _plain_info_nce, _padded_pairs),
     Subject("info_nce with negatives", _queue, _plain_queue, _with_queue),
     Subject("nt_xent", _nt_xent, _plain_nt_xent, _pairs),
     Subject("sup_con", _sup_con, _plain_sup_con, _labelled),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import traceback
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ class Place:
         """What is left on the card, without what this process's allocator only keeps."""
         if self.device != "cuda":
             return float("inf")
+        gc.collect()
         torch.cuda.empty_cache()
         return float(torch.cuda.mem_get_info()[0])
 
