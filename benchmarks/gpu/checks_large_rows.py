@@ -57,7 +57,7 @@ def _neighbours(place: Place) -> str:
     exact = distances(x[seen][None], y[None])[0]
     best = exact.topk(k, largest=False).values
     chosen = exact.gather(1, indices[seen])
-    of_chosen = within("neighbours", chosen, best, 1e-6)
+    of_chosen = within("neighbours", chosen, best, 1e-5)
     within("distances", squared[seen], chosen, 1e-5)
     return f"neighbours off by {of_chosen:.0e}"
 
