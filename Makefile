@@ -9,7 +9,7 @@ ASAN_TESTS ?= tests -k native
 
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc ssl_fast -type f -not -name '*.pyc')
-CPP := find csrc '(' -name '*.cpp' -o -name '*.h' -o -name '*.cu' ')' -print0 | xargs -0 -r $(BIN)/clang-format
+CPP := find csrc tests '(' -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' ')' -print0 | xargs -0 -r $(BIN)/clang-format
 PIP_INSTALL = PIP_CONSTRAINT=$(abspath $(VENV)/constraints.txt) $(BIN)/pip install
 # ssl_fast/ of the checkout has no compiled module: without this it would shadow the installed package.
 RUN := PYTHONSAFEPATH=1 $(BIN)/

@@ -44,10 +44,14 @@ def rounds_for(seconds: float, *, budget: float, least: int = 3, most: int = 200
     return max(least, min(most, int(budget / max(seconds, 1e-6))))
 
 
-def alternate(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
+def alternate(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[Callable[[], object]], float] = once,
+) -> dict[str, Times]:
     """Time calls that take turns within every round, so that a busy moment hits them all.
 
-    Each call has one round to warm up that is not counted.
+    Each call has one round to warm up that is not counted. ``clock`` gives a call's seconds.
     """
     for call in calls.values():
         call()
@@ -56,5 +60,5 @@ def alternate(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[st
     for number in range(rounds):
         # The order turns too: whoever comes second finds the other's data in the cache.
         for name in names if number % 2 == 0 else reversed(names):
-            seconds[name].append(once(calls[name]))
+            seconds[name].append(clock(calls[name]))
     return {name: Times(tuple(values)) for name, values in seconds.items()}

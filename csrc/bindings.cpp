@@ -243,7 +243,7 @@ std::vector<std::string> names(const std::vector<const Isa*>& isas) {
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "CPU kernels of ssl_fast: addresses in, results written in place.";
+    module.doc() = "CPU and CUDA kernels of ssl_fast: addresses in, results written in place.";
     bind_prepared<PairSoftmax>(module, "PairSoftmax");
     bind_prepared<PairSoftmaxSymmetric>(module, "PairSoftmaxSymmetric");
     bind_prepared<PairSigmoid>(module, "PairSigmoid");
@@ -262,6 +262,17 @@ PYBIND11_MODULE(_native, module) {
     module.def("fma_peak", &fma_peak, py::arg("kind"), py::arg("threads"), py::arg("seconds"));
     module.def("stream", &stream, py::arg("a"), py::arg("b"), py::arg("to"), py::arg("n"),
                py::arg("threads"));
+#if defined(SSL_FAST_HAVE_CUDA)
+    module.attr("cuda") = true;
+    // Why the CUDA kernels can't run on a device, or None; it becomes the current one.
+    module.def("use_device", [](int device) -> py::object {
+        const int error = cuda::use(device);
+        if (error == 0) return py::none();
+        return py::str(cuda::message_of(error));
+    });
+#else
+    module.attr("cuda") = false;
+#endif
 #if defined(SSL_FAST_OPENMP)
     module.attr("threading") = "OpenMP";
 #else

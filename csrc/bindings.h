@@ -8,6 +8,7 @@
 #include <string>
 #include <utility>
 
+#include "core/cuda.h"
 #include "core/isa.h"
 #include "core/memory.h"
 #include "core/team.h"
@@ -66,6 +67,16 @@ class Prepared {
         ssl_fast::run(call_, *kernels_);
     }
 
+    // The same on a GPU, for the ops of core/cuda.h; the caller has made the device the current
+    // one.
+    std::size_t device_workspace_bytes() const { return cuda::workspace_bytes(call_); }
+    void run_on_device(std::uintptr_t workspace, std::uintptr_t stream) {
+        call_.workspace = reinterpret_cast<void*>(workspace);
+        py::gil_scoped_release release;
+        const int error = cuda::run(call_, reinterpret_cast<void*>(stream));
+        if (error != 0) throw std::runtime_error(cuda::message_of(error));
+    }
+
   private:
     Call call_;
     const Kernels<Call>* kernels_;
@@ -95,10 +106,20 @@ class Arrays {
 };
 
 template <class Call>
-void bind_prepared(py::module_& module, const char* name) {
-    py::class_<Prepared<Call>>(module, name, py::module_local())
+py::class_<Prepared<Call>> bind_prepared(py::module_& module, const char* name) {
+    return py::class_<Prepared<Call>>(module, name, py::module_local())
         .def("workspace_bytes", &Prepared<Call>::workspace_bytes)
         .def("run", &Prepared<Call>::run, py::arg("workspace"));
+}
+// An op that has a CUDA kernel, where those were built.
+template <class Call>
+void bind_prepared_with_cuda(py::module_& module, const char* name) {
+    auto prepared = bind_prepared<Call>(module, name);
+#if defined(SSL_FAST_HAVE_CUDA)
+    prepared.def("device_workspace_bytes", &Prepared<Call>::device_workspace_bytes)
+        .def("run_on_device", &Prepared<Call>::run_on_device, py::arg("workspace"),
+             py::arg("stream"));
+#endif
 }
 
 // The ops of bindings_clustering.cpp.

@@ -80,7 +80,6 @@ Prepared<CentroidUpdate> centroid_update(int dtype, std::int64_t b, std::int64_t
     if (b > 0) {
         require(call.sums, "sums");
         require(call.counts, "counts");
-        require(call.largest, "largest");
     }
     return {call, active_isa().centroid_update};
 }
@@ -162,7 +161,7 @@ Prepared<PlusPlus> plus_plus(int dtype, std::int64_t b, std::int64_t n, std::int
 
 void bind_clustering(py::module_& module) {
     bind_prepared<Nearest>(module, "Nearest");
-    bind_prepared<CentroidUpdate>(module, "CentroidUpdate");
+    bind_prepared_with_cuda<CentroidUpdate>(module, "CentroidUpdate");
     bind_prepared<TopK>(module, "TopK");
     bind_prepared<PlusPlus>(module, "PlusPlus");
     module.def("nearest", &nearest);

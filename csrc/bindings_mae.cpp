@@ -125,7 +125,7 @@ Prepared<L2Sp> l2_sp(int dtype, std::int64_t count, double weight, bool add, int
 void bind_mae(py::module_& module) {
     bind_prepared<Mae>(module, "Mae");
     bind_prepared<KlDivergence>(module, "KlDivergence");
-    bind_prepared<L2Sp>(module, "L2Sp");
+    bind_prepared_with_cuda<L2Sp>(module, "L2Sp");
     module.def("mae", &mae);
     module.def("kl_divergence", &kl_divergence);
     module.def("l2_sp", &l2_sp);

@@ -47,7 +47,6 @@ Prepared<Reconstruction> reconstruction(int kind, int dtype, int target_dtype, s
         require(call.input, "input");
         require(call.target, "target");
     }
-    require(call.outside, "outside");
     if (call.mask != nullptr && (mask_span < 1 || n % mask_span != 0))
         throw std::invalid_argument("mask_span must divide n = " + std::to_string(n) + ", got " +
                                     std::to_string(mask_span));
@@ -60,7 +59,7 @@ Prepared<Reconstruction> reconstruction(int kind, int dtype, int target_dtype, s
 }  // namespace
 
 void bind_reconstruction(py::module_& module) {
-    bind_prepared<Reconstruction>(module, "Reconstruction");
+    bind_prepared_with_cuda<Reconstruction>(module, "Reconstruction");
     module.def("reconstruction", &reconstruction);
 }
 

@@ -40,10 +40,12 @@ def test_the_native_backend_serves_this_machine(monkeypatch):
 def test_priority(backends):
     backends(native=None, triton=None)
     assert dispatch.resolve(*CPU) == ("native", {})
-    assert dispatch.resolve("pair_softmax", "cuda", torch.float32, SHAPE) == ("triton", {})
+    assert dispatch.resolve("l2_sp", "cuda", torch.float32, SHAPE) == ("native", {})
     assert dispatch.resolve("pair_softmax", "xpu", torch.float32, SHAPE) == ("reference", {})
     backends(native="no compiler")
     assert dispatch.resolve(*CPU) == ("reference", {"native": "no compiler"})
+    found = dispatch.resolve("pair_softmax", "cuda", torch.float32, SHAPE)
+    assert found == ("triton", {"native": "no compiler"})
 
 
 def test_argument_before_environment_before_priority(backends, monkeypatch):

@@ -41,7 +41,7 @@ struct CentroidUpdate {
     const float* weight;         // [B, N] or null: 1
     double* sums;                // [B, K, D], zeroed by the caller, as counts
     double* counts;              // [B, K]
-    std::int64_t* largest;       // [B]: the largest label; those >= K are left out
+    std::int64_t* largest;       // [B] or null: the largest label; those >= K are left out
     int threads;
     void* workspace;
 };

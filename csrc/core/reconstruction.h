@@ -26,7 +26,8 @@ struct Reconstruction {
     float* value;           // [] or null: factor * the sum of weight * loss
     float* losses;          // [N] or null: weight * loss
     void* grad;             // [N] or null, in the input's dtype; it may be the input
-    std::int64_t* outside;  // []: elements that bce takes no logarithm of: outside [0, 1], or NaN
+    std::int64_t* outside;  // [] or null: elements that bce takes no logarithm of, which are
+                            // outside [0, 1] or NaN
     int threads;
     void* workspace;
 };

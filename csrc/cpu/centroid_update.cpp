@@ -42,7 +42,7 @@ class Update {
             const int64_t end = smaller(first + block(), c_.n);
             largest = larger(largest, accumulate(x, c_.dtype, clusters, first, end, team, order_));
         }
-        if (team.rank == 0) c_.largest[b] = largest;
+        if (team.rank == 0 && c_.largest != nullptr) c_.largest[b] = largest;
     }
 
     const CentroidUpdate& c_;

@@ -53,7 +53,7 @@ class Reconstructed {
             },
             [this](const double* total) {
                 if (c_.value != nullptr) *c_.value = static_cast<float>(c_.factor * total[0]);
-                *c_.outside = static_cast<int64_t>(total[1]);
+                if (c_.outside != nullptr) *c_.outside = static_cast<int64_t>(total[1]);
             });
     }
 

@@ -39,7 +39,7 @@ BACKENDS = ("reference", "native", "triton")
 # The first that doesn't refuse serves. The reference refuses nothing, so it ends every list.
 PRIORITY: dict[str, tuple[str, ...]] = {
     "cpu": ("native", "reference"),
-    "cuda": ("triton", "reference"),
+    "cuda": ("native", "triton", "reference"),
 }
 
 _packages: dict[str, ModuleType] = {}
@@ -133,13 +133,12 @@ def select(
     """
     choice = resolve(op, device_type, dtype, shape, backend)
     if choice.refused and choice.name == "reference" and dtype is not torch.float64:
-        for name, reason in choice.refused.items():
-            if (op, reason) not in _warned:
-                _warned.add((op, reason))
-                warnings.warn(
-                    f"ssl_fast: {op} on {device_type} runs on the reference, because {name} "
-                    f"refused: {reason}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
+        reasons = "; ".join(f"{name} refused: {reason}" for name, reason in choice.refused.items())
+        if (op, reasons) not in _warned:
+            _warned.add((op, reasons))
+            warnings.warn(
+                f"ssl_fast: {op} on {device_type} runs on the reference, because {reasons}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
     return load(choice.name, op)

@@ -1,4 +1,4 @@
-"""What every op on the CPU needs: checks, addresses, results and workspaces.
+"""What every op needs before its kernel: checks, addresses, results and workspaces.
 
 Everything that a kernel writes is allocated here: results, gradients, and a workspace that grows
 with threads x block x keys, never with queries x keys.
@@ -27,8 +27,10 @@ __all__ = [
     "hold_batch",
     "id_rule",
     "ids_of",
+    "on_cpu",
     "rows_of",
     "run",
+    "run_on_device",
     "threads_for",
     "vector",
 ]
@@ -38,13 +40,20 @@ _HUGE_PAGE = 2 << 20
 # Up to this many bytes each thread keeps its workspace: a small loss then touches no fresh pages.
 _KEPT = 2 << 20
 _thread = threading.local()
+_CPU = torch.device("cpu")
 
 
-def check(name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def check(
+    name: str,
+    value: Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device = _CPU,
+) -> None:
     """What a kernel is about to read by its address is what it will take it for."""
-    if value.device.type != "cpu" or value.dtype is not dtype or value.shape != shape:
+    if value.device != device or value.dtype is not dtype or value.shape != shape:
         raise ValueError(
-            f"{name} must be a {dtype} tensor of shape {shape} on the CPU; got a {value.dtype} "
+            f"{name} must be a {dtype} tensor of shape {shape} on {device}; got a {value.dtype} "
             f"tensor of shape {tuple(value.shape)} on {value.device}"
         )
 
@@ -112,6 +121,7 @@ def batch_address(features: Tensor) -> tuple[int, int, int]:
 
 def hold_batch(
     arrays: Mapping[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]],
+    device: torch.device = _CPU,
 ) -> dict[str, Tensor]:
     """The arrays that are there, contiguous; each beside its shape and dtype.
 
@@ -121,7 +131,7 @@ def hold_batch(
     for name, (value, shape, dtype) in arrays.items():
         if value is None:
             continue
-        check(name, value, shape, dtype)
+        check(name, value, shape, dtype, device)
         held[name] = value.contiguous()
     return held
 
@@ -133,8 +143,9 @@ def vector(count: int) -> Tensor:
 
 def gradient(features: Tensor, needed: bool, dtype: torch.dtype | None = None) -> Tensor:
     """Room for a gradient of the features, [0] where it isn't needed."""
-    room = torch.empty(features.shape if needed else 0, dtype=dtype or features.dtype)
-    if room.nbytes >= _HUGE_PAGE:
+    shape = features.shape if needed else 0
+    room = torch.empty(shape, dtype=dtype or features.dtype, device=features.device)
+    if on_cpu(room) and room.nbytes >= _HUGE_PAGE:
         _native.advise_huge_pages(room.data_ptr(), room.nbytes)
     return room
 
@@ -144,8 +155,24 @@ def threads_for(elements: int) -> int:
     return 1 if elements < 1 << 15 else torch.get_num_threads()
 
 
-def run(prepared: Any) -> None:
+def on_cpu(tensor: Tensor) -> bool:
+    """Whether the C++ kernels of the CPU are meant, not the CUDA ones."""
+    return tensor.device == _CPU
+
+
+def run_on_device(prepared: Any, device: torch.device, stream: int) -> None:
+    """Put a prepared call on a stream of the current device, and wait for nothing."""
+    # The allocator gives this memory to later calls on the same stream alone.
+    workspace = torch.empty(prepared.device_workspace_bytes(), dtype=torch.uint8, device=device)
+    prepared.run_on_device(workspace.data_ptr(), stream)
+
+
+def run(prepared: Any, device: torch.device = _CPU) -> None:
     """Run a prepared call in a workspace of the size that it asks for."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            run_on_device(prepared, device, torch.cuda.current_stream().cuda_stream)
+        return
     size = prepared.workspace_bytes()
     if size > _KEPT:
         workspace = torch.empty(size, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""centroid_update on the CPU: from tensors to the pointers of csrc/cpu/centroid_update.cpp.
+"""centroid_update: from tensors to the pointers of csrc's centroid_update, on CPU and CUDA.
 
 The function and its arguments are the reference's (backends/reference/centroid_update.py).
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssl_fast import _native
 from ssl_fast.backends.native import DTYPES
-from ssl_fast.backends.native.arrays import batch_address, batch_of, check, hold_batch, run
+from ssl_fast.backends.native.arrays import batch_address, batch_of, hold_batch, on_cpu, run
 
 __all__ = ["centroid_update"]
 
@@ -22,9 +22,13 @@ def centroid_update(
     weight: Tensor | None,  # [B, N]
     n_clusters: int,
 ) -> tuple[Tensor, Tensor]:
-    """The clusters' sums and counts, each in the order of the rows."""
+    """The clusters' sums and counts, each in the order of the rows.
+
+    A label from ``n_clusters`` up raises ValueError on the CPU; on a GPU, where no label is read on
+    the host, its row takes no part.
+    """
     b, n, d = x.shape
-    check("x", x, (b, n, d), x.dtype)
+    device, host = x.device, on_cpu(x)
     # Contiguous copies must outlive the call: they are held by these names.
     x = batch_of(x)
     held = hold_batch(
@@ -32,12 +36,16 @@ def centroid_update(
             "labels": (labels, (b, n), torch.int64),
             "x_scale": (x_scale, (b, n), torch.float32),
             "weight": (weight, (b, n), torch.float32),
-        }
+        },
+        device,
     )
-    sums = torch.zeros((b, n_clusters, d), dtype=torch.float64)
-    counts = torch.zeros((b, n_clusters), dtype=torch.float64)
-    largest = torch.full((b,), -1, dtype=torch.int64)
-    written = {"sums": sums, "counts": counts, "largest": largest}
+    # The CPU's kernel adds to them.
+    make = torch.zeros if host else torch.empty
+    sums = make((b, n_clusters, d), dtype=torch.float64, device=device)
+    counts = make((b, n_clusters), dtype=torch.float64, device=device)
+    written = {"sums": sums, "counts": counts}
+    if host:
+        written["largest"] = torch.full((b,), -1, dtype=torch.int64)
     run(
         _native.centroid_update(
             DTYPES[x.dtype],
@@ -48,9 +56,10 @@ def centroid_update(
             batch_address(x),
             torch.get_num_threads(),
             {name: value.data_ptr() for name, value in (*held.items(), *written.items())},
-        )
+        ),
+        device,
     )
-    highest = int(largest.max()) if b > 0 else -1
+    highest = int(written["largest"].max()) if host and b > 0 else -1
     if highest >= n_clusters:
         raise ValueError(f"labels must be less than n_clusters = {n_clusters}, got {highest}")
     return sums, counts

@@ -1,4 +1,4 @@
-"""l2_sp on the CPU: from tensors to the table of addresses that csrc/cpu/l2_sp.cpp walks over.
+"""l2_sp: from tensors to the table of addresses that csrc's l2_sp walks over, on CPU and CUDA.
 
 The functions and their arguments are the reference's (backends/reference/l2_sp.py).
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from ssl_fast import _native
 from ssl_fast.backends.dense import matched, places_of, put_back
 from ssl_fast.backends.native import DTYPES
-from ssl_fast.backends.native.arrays import run, threads_for
+from ssl_fast.backends.native.arrays import on_cpu, run, threads_for
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,7 +34,7 @@ def _run(
     value: Tensor | None = None,
 ) -> None:
     """One pass over tensors of one dtype, which match element by element in memory."""
-    dtype = parameters[0].dtype
+    dtype, device = parameters[0].dtype, parameters[0].device
     sizes = [x.numel() for x in parameters]
     addresses = [[x.data_ptr() for x in parameters], [x.data_ptr() for x in anchors]]
     if grads is not None:
@@ -47,12 +47,12 @@ def _run(
     if value is not None:
         arrays["value"] = value.data_ptr()
     threads = threads_for(sum(sizes))
-    run(_native.l2_sp(DTYPES[dtype], len(sizes), weight, add, threads, arrays))
+    run(_native.l2_sp(DTYPES[dtype], len(sizes), weight, add, threads, arrays), device)
 
 
 def l2_sp(parameters: Sequence[Tensor], anchors: Sequence[Tensor], weight: float) -> Tensor:
     """The value, from one read of all tensors."""
-    value = torch.empty((), dtype=torch.float32)
+    value = torch.empty((), dtype=torch.float32, device=parameters[0].device)
     left, right = matched(parameters, anchors)
     _run(left, right, None, weight, value=value)
     return value
@@ -60,7 +60,7 @@ def l2_sp(parameters: Sequence[Tensor], anchors: Sequence[Tensor], weight: float
 
 def _advise(room: Tensor) -> None:
     """Huge pages for what is about to be written for the first time."""
-    if room.nbytes >= _HUGE_PAGE:
+    if on_cpu(room) and room.nbytes >= _HUGE_PAGE:
         _native.advise_huge_pages(room.data_ptr(), room.nbytes)
 
 
@@ -93,7 +93,7 @@ def l2_sp_accumulate(
     add: bool,
 ) -> Tensor:
     """The value, and the gradients written or added to, in the same pass."""
-    value = torch.empty((), dtype=torch.float32)
+    value = torch.empty((), dtype=torch.float32, device=parameters[0].device)
     if not add:
         for grad in grads:
             if grad is not None:

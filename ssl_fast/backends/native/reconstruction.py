@@ -1,4 +1,4 @@
-"""reconstruction on the CPU: from tensors to the pointers of csrc/cpu/reconstruction.cpp.
+"""reconstruction: from tensors to the pointers of csrc's reconstruction, on CPU and CUDA.
 
 The functions and their arguments are the reference's (backends/reference/reconstruction.py).
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssl_fast import _native
 from ssl_fast.backends.native import DTYPES
-from ssl_fast.backends.native.arrays import check, gradient, run, threads_for
+from ssl_fast.backends.native.arrays import check, gradient, on_cpu, run, threads_for
 from ssl_fast.backends.reference.pointwise import KINDS
 
 __all__ = ["reconstruction", "reconstruction_"]
@@ -31,25 +31,29 @@ def _run(
     grad: Tensor | None,
 ) -> Tensor:
     parameter, target_scale, target_shift, factor, grad_factor = parameters
-    count = input.numel()
+    count, device = input.numel(), input.device
+    host = on_cpu(input)
+    if not host and target.dtype not in (input.dtype, torch.uint8):
+        # CUDA kernels are compiled for bytes, the input's dtype and fp32.
+        target = target.float()
     # Contiguous copies must outlive the call: they are held by these names.
     held = {"input": input, "target": target.resolve_neg().contiguous()}
     if weight is not None:
-        check("weight", weight, tuple(input.shape), torch.float32)
+        check("weight", weight, tuple(input.shape), torch.float32, device)
         held["weight"] = weight.contiguous()
     if mask is not None:
-        check("mask", mask, tuple(input.shape[: mask.dim()]), torch.bool)
+        check("mask", mask, tuple(input.shape[: mask.dim()]), torch.bool, device)
         held["mask"] = mask.contiguous()
     if pos_weight is not None:
         shape = tuple(input.shape[input.dim() - pos_weight.dim() :])
-        check("pos_weight", pos_weight, shape, torch.float32)
+        check("pos_weight", pos_weight, shape, torch.float32, device)
         held["pos_weight"] = pos_weight.contiguous()
-    result = torch.empty(() if reduce else input.shape, dtype=torch.float32)
+    result = torch.empty(() if reduce else input.shape, dtype=torch.float32, device=device)
     held["value" if reduce else "losses"] = result
     if grad is not None:
         held["grad"] = grad
-    outside = torch.empty((), dtype=torch.int64)
-    held["outside"] = outside
+    if host:
+        held["outside"] = torch.empty((), dtype=torch.int64)
     run(
         _native.reconstruction(
             kind,
@@ -63,9 +67,10 @@ def _run(
             (factor, grad_factor),
             threads_for(count),
             {name: value.data_ptr() for name, value in held.items()},
-        )
+        ),
+        device,
     )
-    if KINDS[kind] == "bce" and (number := int(outside)):
+    if host and KINDS[kind] == "bce" and (number := int(held["outside"])):
         raise ValueError(
             f"input and target must be between 0 and 1 for kind 'bce'; {number} of {count} "
             "elements are not in either"
@@ -89,7 +94,7 @@ def reconstruction(
     need_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """The value, or the losses, and the gradient, from one pass."""
-    check("target", target, tuple(input.shape), target.dtype)
+    check("target", target, tuple(input.shape), target.dtype, input.device)
     dense = input.resolve_neg().contiguous()
     grad = gradient(dense, need_grad)
     result = _run(
@@ -114,7 +119,7 @@ def reconstruction_(
     grad_factor: float,
 ) -> Tensor:
     """The value; the input becomes its gradient."""
-    check("target", target, tuple(input.shape), target.dtype)
+    check("target", target, tuple(input.shape), target.dtype, input.device)
     return _run(
         input, target, weight, mask, pos_weight, kind,
         (parameter, target_scale, target_shift, factor, grad_factor), True, input,

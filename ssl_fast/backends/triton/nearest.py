@@ -14,8 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
+from ssl_fast.backends import dispatch
+from ssl_fast.backends.triton import centroid_update as triton_update
 from ssl_fast.backends.triton import nearest_kernels as kernels
-from ssl_fast.backends.triton.centroid_update import centroid_update
 from ssl_fast.backends.triton.device import config_for, launching_on, processor_count
 from ssl_fast.backends.triton.launch import tile_arguments
 
@@ -214,5 +215,10 @@ def lloyd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both steps one after the other: the second pass over x costs a small part of the sweep."""
     labels, squared = nearest(x, centroids, x_scale, centroid_scale, lengths, distances)
-    sums, counts = centroid_update(x, labels, x_scale, weight, centroids.shape[1])
+    count = centroids.shape[1]
+    update = triton_update
+    if x.is_cuda:
+        shape = x.shape[1], count, x.shape[2]
+        update = dispatch.select("centroid_update", "cuda", x.dtype, shape)
+    sums, counts = update.centroid_update(x, labels, x_scale, weight, count)
     return labels, squared, sums, counts

@@ -1,12 +1,15 @@
 """Tile sizes for the Triton kernels: frozen tables, keyed by op, dtype, depth and architecture.
 
 The tests compile every row below ahead of time and hold its spills, registers and shared memory
-against limits; none has been measured on a card yet, and each says so. A row that is measured later
-takes the card's name as its source, and its own date.
+against limits; none has been measured on a card yet, and each says so. Rows that were stand in
+measured.json beside this file, with the card as their source and their own date, and go before
+those below; the file is what ``python -m benchmarks.tune`` writes.
 """
 
 import functools
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
@@ -176,6 +179,29 @@ def _full_precision() -> Table:
 TABLE: Table = _full_precision()
 for _dtype in ("bfloat16", "float16"):
     TABLE |= _sixteen_bit(_dtype) | _more_sixteen_bit(_dtype) | _searches(_dtype)
+
+MEASURED = Path(__file__).with_name("measured.json")
+_KEY = ("op", "dtype", "depth", "architecture")
+
+
+def as_text(table: Table) -> str:
+    """The rows as JSON, one to a line, so that a new measurement reads as a diff."""
+    rows = (
+        json.dumps(dict(zip(_KEY, key, strict=True)) | asdict(table[key])) for key in sorted(table)
+    )
+    return "[\n" + ",\n".join(rows) + "\n]\n"
+
+
+def from_text(text: str) -> Table:
+    """The rows that ``as_text`` wrote."""
+    table: Table = {}
+    for row in json.loads(text):
+        key = row.pop("op"), row.pop("dtype"), row.pop("depth"), row.pop("architecture")
+        table[key] = Config(**row)
+    return table
+
+
+TABLE |= from_text(MEASURED.read_text())
 
 
 def architecture_of(capability: tuple[int, int] | None) -> str:

@@ -1,0 +1,1 @@
+"""What a machine with a card has to show: ``python -m benchmarks.gpu``, right answers first."""

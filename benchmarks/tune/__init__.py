@@ -1,0 +1,1 @@
+"""Tuning tables for the card at hand: ``python -m benchmarks.tune``."""

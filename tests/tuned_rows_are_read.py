@@ -1,0 +1,34 @@
+"""Whether each of the table's rows is read by the call that measures it.
+
+`python tuned_rows_are_read.py sm_90 bfloat16` prints the keys of those that aren't, in Triton's
+interpreter, which has no architecture: the lookup is told this one. test_tune.py runs it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from ssl_fast.backends.triton import device, tuning
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.tune import calls, rows
+
+
+def unread(architecture, dtype):
+    device._properties = lambda _: (architecture, 2)
+    found = []
+    for key in [key for key in tuning.TABLE if key[1] == dtype and key[3] == architecture]:
+        call = calls.call_of(key, "cpu", "triton", calls.Sizes(tiny=True))
+        with rows.in_place(key, tuning.TABLE[key]) as table:
+            call()
+        found += [] if key in table.read else [key]
+    return found
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(unread(*sys.argv[1:]))
