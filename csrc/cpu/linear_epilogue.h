@@ -51,13 +51,17 @@ class Sources {
     // Whether every element counts as much as any other.
     bool plain() const { return !weighted_; }
 
-    // The rows of a target tile are far apart, which no hardware prefetcher follows.
+    // The rows of a target tile are far apart, which no hardware prefetcher follows. The last byte
+    // lies in a line of its own where a row begins within a line. On a Zen 4, prefetches of narrow
+    // elements come too late or never unless one byte of the row is loaded: a bfloat16 sweep took
+    // 325 ms without that load, 250 with it. fp32 rows lose 3% by it.
     void prefetch(const Place& p) const {
-        const int64_t size = element_bytes(c_.target_element);
+        const int64_t size = element_bytes(c_.target_element), bytes = p.lanes * size;
         for (int row = 0; row < p.rows; ++row) {
             const char* at = target_at(p.row + row, p.column);
-            for (int64_t byte = 0; byte < p.lanes * size; byte += 64)
-                __builtin_prefetch(at + byte, 0, 2);
+            if (size < 4) static_cast<void>(*static_cast<const volatile char*>(at));
+            for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+            __builtin_prefetch(at + bytes - 1, 0, 2);
         }
     }
 
