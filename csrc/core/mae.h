@@ -26,7 +26,8 @@ struct Mae {
     float* loss;   // []: sum of mask * loss over the sum of mask; 0 where that is 0
     float* scale;  // []: 1 / the sum of mask, or 0; the backward pass reads it
 
-    // The backward pass, where weight is given.
+    // The backward pass, where weight is given; with grad_pred and no weight the forward pass makes
+    // the gradient too, for a weight of 1.
     const float* weight;  // []: the gradient of the loss
     void* grad_pred;      // [B, L, P] contiguous; zeros in patches that aren't counted
 

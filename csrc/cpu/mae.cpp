@@ -129,33 +129,71 @@ class Patches {
                 for_rows(block, [&](int64_t i) {
                     const float weight = c_.mask[i];
                     if (weight == 0.0f) return;
-                    sums[0] += weight * loss(i);
+                    sums[0] += weight * loss(patch(i));
                     sums[1] += weight;
                 });
             },
-            [this](const double* total) {
-                *c_.loss = total[1] == 0.0 ? 0.0f : static_cast<float>(total[0] / total[1]);
-                *c_.scale = total[1] == 0.0 ? 0.0f : static_cast<float>(1.0 / total[1]);
-            });
+            [this](const double* total) { write(total); });
     }
 
     void backward(Team* team) {
-        const double factor = 2.0 * *c_.weight * *c_.scale / static_cast<double>(c_.p);
-        const int64_t bytes = c_.p * element_size(c_.dtype);
-        const bool past = rows_ * bytes > STREAMED_BYTES;
+        const double weight = *c_.weight;
         blocks_.run(
             team,
             [=](int64_t block, double* sums) {
                 sums[0] = sums[1] = 0.0;
+                const double factor = weight * slope();
                 for_rows(block, [&](int64_t i) {
-                    char* to = static_cast<char*>(c_.grad_pred) + i * bytes;
-                    gradient(i, static_cast<float>(factor * c_.mask[i]), to, bytes, past);
+                    if (c_.mask[i] == 0.0f)
+                        no_gradient(i);
+                    else
+                        gradient(i, patch(i), static_cast<float>(factor * c_.mask[i]));
                 });
             },
             [](const double*) {});
     }
 
+    // The loss, and the gradient for a weight of 1, from one read: the mask's sum comes first.
+    void both(Team* team) {
+        if (team->rank == 0) {
+            double count = 0.0;
+            for (int64_t i = 0; i < rows_; ++i) count += c_.mask[i];
+            *c_.scale = inverse_of(count);
+        }
+        blocks_.run(
+            team,
+            [this](int64_t block, double* sums) {
+                sums[0] = sums[1] = 0.0;
+                const double factor = slope();
+                for_rows(block, [&](int64_t i) {
+                    const float weight = c_.mask[i];
+                    if (weight == 0.0f) return no_gradient(i);
+                    const Patch row = patch(i);
+                    sums[0] += weight * loss(row);
+                    sums[1] += weight;
+                    gradient(i, row, static_cast<float>(factor * weight));
+                });
+            },
+            [this](const double* total) { write(total); });
+    }
+
   private:
+    // A patch as fp32, and what its target is normalised with.
+    struct Patch {
+        const float *x, *t;
+        Moments moments;
+    };
+
+    static float inverse_of(double count) {
+        return count == 0.0 ? 0.0f : static_cast<float>(1.0 / count);
+    }
+    void write(const double* total) const {
+        *c_.loss = total[1] == 0.0 ? 0.0f : static_cast<float>(total[0] / total[1]);
+        *c_.scale = inverse_of(total[1]);
+    }
+    // Of half a squared difference's derivative, but for the mask.
+    double slope() const { return 2.0 * *c_.scale / static_cast<double>(c_.p); }
+
     // Skipped rows throw the hardware's prefetcher off: three quarters of the rows took 2.9 ms
     // where all took 1.9. So the next row that counts is asked for before one is worked on: 2.3 ms.
     template <class Body>
@@ -224,12 +262,15 @@ class Patches {
         return widen(row, c_.target_dtype, 0, c_.p, buffers_[1]);
     }
 
-    double loss(int64_t i) const {
+    Patch patch(int64_t i) const {
         const float* t = target(i);
-        const float* x = pred(i);
-        const Moments m = c_.normalize ? moments(t, c_.p) : Moments{0.0f, 1.0f};
+        return {pred(i), t, c_.normalize ? moments(t, c_.p) : Moments{0.0f, 1.0f}};
+    }
+
+    double loss(const Patch& row) const {
+        const auto [x, t, m] = row;
         return sum_terms(c_.p,
-                         [=](auto lane, int64_t e) {
+                         [x = x, t = t, m = m](auto lane, int64_t e) {
                              const auto d = value_at(lane, x + e) -
                                             (value_at(lane, t + e) - m.mean) * m.inverse;
                              return d * d;
@@ -237,32 +278,40 @@ class Patches {
                static_cast<double>(c_.p);
     }
 
-    void gradient(int64_t i, float factor, char* to, int64_t bytes, bool past) const {
+    int64_t row_bytes() const { return c_.p * element_size(c_.dtype); }
+    char* gradient_at(int64_t i) const {
+        return static_cast<char*>(c_.grad_pred) + i * row_bytes();
+    }
+    bool past() const { return rows_ * row_bytes() > STREAMED_BYTES; }
+
+    void no_gradient(int64_t i) const {
+        void* to = past() ? static_cast<void*>(buffers_[2]) : gradient_at(i);
+        __builtin_memset(to, 0, row_bytes());
+        if (past()) copy_past(gradient_at(i), static_cast<const char*>(to), row_bytes());
+    }
+
+    void gradient(int64_t i, const Patch& row, float factor) const {
+        const auto [x, t, m] = row;
+        char* to = gradient_at(i);
+        const bool past = this->past();
         const bool direct = c_.dtype == Dtype::float32 && (!past || aligned(to, sizeof(Vec)));
         float* out = direct ? reinterpret_cast<float*>(to) : buffers_[3];
-        void* narrowed = past ? static_cast<void*>(buffers_[2]) : to;
-        if (c_.mask[i] == 0.0f) {
-            __builtin_memset(past ? narrowed : to, 0, bytes);
-        } else {
-            const float* t = target(i);
-            const float* x = pred(i);
-            const Moments m = c_.normalize ? moments(t, c_.p) : Moments{0.0f, 1.0f};
-            int64_t e = 0;
-            for (; e + WIDTH <= c_.p; e += WIDTH) {
-                const Vec g = factor * (load(x + e) - (load(t + e) - m.mean) * m.inverse);
-                if (direct && past)
-                    store_past(out + e, g);
-                else
-                    store(out + e, g);
-            }
-            for (; e < c_.p; ++e) out[e] = factor * (x[e] - (t[e] - m.mean) * m.inverse);
-            if (direct) return;
-            if (c_.dtype == Dtype::float32)
-                narrowed = out;
+        int64_t e = 0;
+        for (; e + WIDTH <= c_.p; e += WIDTH) {
+            const Vec g = factor * (load(x + e) - (load(t + e) - m.mean) * m.inverse);
+            if (direct && past)
+                store_past(out + e, g);
             else
-                narrow(out, c_.dtype, 0, c_.p, narrowed);
+                store(out + e, g);
         }
-        if (past) copy_past(to, static_cast<const char*>(narrowed), bytes);
+        for (; e < c_.p; ++e) out[e] = factor * (x[e] - (t[e] - m.mean) * m.inverse);
+        if (direct) return;
+        void* narrowed = past ? static_cast<void*>(buffers_[2]) : to;
+        if (c_.dtype == Dtype::float32)
+            narrowed = out;
+        else
+            narrow(out, c_.dtype, 0, c_.p, narrowed);
+        if (past) copy_past(to, static_cast<const char*>(narrowed), row_bytes());
     }
 
     const Mae& c_;
@@ -283,6 +332,8 @@ void run(const Mae& call, Team* team) {
     Patches patches(call, team->rank);
     if (call.weight != nullptr)
         patches.backward(team);
+    else if (call.grad_pred != nullptr)
+        patches.both(team);
     else
         patches.forward(team);
 }

@@ -1,8 +1,8 @@
 """mae: the mean squared error of the removed patches of a masked autoencoder.
 
-The loss reads the removed patches of both tensors once; the backward reads them again and writes
-the gradient with its factor. Saving a gradient that the forward pass made would write it, read it
-and write it again: a third more traffic, and the pages of a second buffer.
+On the CPU an fp32 gradient is made in the forward pass, with the mask's factor, from the one read
+of the removed patches; a loss that is weighed multiplies it where it lies. Elsewhere, and in 16-bit
+dtypes that would be rounded twice, the backward reads both tensors again and writes the gradient.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from ssl_fast.ops.arguments import check_tensor
 from ssl_fast.ops.gradients import (
     apart,
     differentiated_again,
+    graph_is_kept,
     open_signature,
     vector_jacobian,
+    wants,
     watched,
 )
 from ssl_fast.ops.registration import (
@@ -82,6 +84,10 @@ def _fake(pred: Tensor, *_: object, **__: str) -> tuple[Tensor, Tensor]:
     return scalar, torch.empty_like(scalar)
 
 
+def _fake_with_gradient(pred: Tensor, *_: object, **__: str) -> tuple[Tensor, Tensor, Tensor]:
+    return *_fake(pred), empty_like(pred, True, pred)
+
+
 def _fake_backward(pred: Tensor, target: Tensor, *rest: Any, **_: str) -> tuple[Tensor, Tensor]:
     need_pred, need_target = rest[-2:]
     return empty_like(pred, need_pred, pred), empty_like(target, need_target, target)
@@ -92,6 +98,12 @@ _mae = register(
     'str backend="") -> (Tensor, Tensor)',
     implementation("mae", 0, "mae", _check),
     _fake,
+)
+_mae_with_gradient = register(
+    "mae_with_gradient(Tensor pred, Tensor target, Tensor mask, int[] patch_size, "
+    'bool norm_pix_loss, *, str backend="") -> (Tensor, Tensor, Tensor)',
+    implementation("mae_with_gradient", 0, "mae", _check),
+    _fake_with_gradient,
 )
 _mae_backward = register(
     "mae_backward(Tensor pred, Tensor target, Tensor mask, Tensor scale, Tensor weight, "
@@ -137,15 +149,43 @@ class _Mae(Function):
 
 
 class _EagerMae(Function):
-    """``_Mae`` where neither a transform nor torch.compile looks on; see ops/made_gradient.py."""
+    """``_Mae`` where neither a transform nor torch.compile looks on; see ops/made_gradient.py.
+
+    One more input, the last: whether the forward pass makes the gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
-        results = _Mae.forward(*inputs)
-        _Mae.setup_context(ctx, inputs, results)
+        *inputs_of_mae, make = inputs
+        ctx.made = None
+        if make:
+            *arguments, backend = inputs_of_mae
+            *results, ctx.made = _mae_with_gradient(*arguments, backend=backend)
+            results = tuple(results)
+        else:
+            results = _Mae.forward(*inputs_of_mae)
+        _Mae.setup_context(ctx, tuple(inputs_of_mae), results)
         return results
 
-    backward = _Mae.backward
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        weight, made = grads[0], ctx.made
+        if (
+            made is None
+            or weight is None
+            or torch.is_grad_enabled()
+            or watched()
+            or torch._C._functorch.is_legacy_batchedtensor(weight)  # of is_grads_batched
+        ):
+            return *_Mae.backward(ctx, *grads), None
+        # Read for its checks: that nothing was written to since, and that this graph isn't gone.
+        _ = ctx.saved_tensors
+        factor = float(weight)
+        if graph_is_kept():
+            # Whoever gets the gradient may write to it before the next backward.
+            return made.mul(factor), *(None,) * 6
+        ctx.made = None
+        return made if factor == 1.0 else made.mul_(factor), *(None,) * 6
 
 
 class _MaeGradient(Function):
@@ -190,10 +230,14 @@ def mae(
     t is the target, normalised per patch on request. Differentiable in pred and target, to any
     order. mask is fp32 (float64 beside a float64 pred); a patch whose mask is 0 is not read.
     """
-    function = _Mae if watched() else _EagerMae
-    target = apart(target, pred)
-    results: Any = function.apply(  # type: ignore[no-untyped-call]
-        pred, target, mask, list(patch_size), norm_pix_loss, backend or ""
-    )
+    inputs: Any = (pred, apart(target, pred), mask, list(patch_size), norm_pix_loss, backend or "")
+    if watched():
+        results: Any = _Mae.apply(*inputs)  # type: ignore[no-untyped-call]
+    else:
+        make = (
+            wants(pred) and not wants(target)
+            and pred.dtype is torch.float32 and pred.device.type == "cpu"
+        )  # fmt: skip
+        results = _EagerMae.apply(*inputs, make)  # type: ignore[no-untyped-call]
     loss: Tensor = results[0]
     return loss

@@ -26,7 +26,7 @@ from ssl_fast.backends.reference import mae as reference
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["mae", "mae_backward"]
+__all__ = ["mae", "mae_backward", "mae_with_gradient"]
 
 
 def _run(
@@ -81,6 +81,22 @@ def mae(
     arrays: Any = {name: (value, (), torch.float32) for name, value in results.items()}
     _run(pred, target, mask, patch_size, norm_pix_loss, arrays)
     return results["loss"], results["scale"]
+
+
+def mae_with_gradient(
+    pred: Tensor,  # [B, L, P]
+    target: Tensor,  # [B, L, P], or [B, C, H, W] with a patch size
+    mask: Tensor,  # [B, L]
+    patch_size: Sequence[int],
+    norm_pix_loss: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, and the gradient of it for the prediction, from one read."""
+    results = {name: torch.empty((), dtype=torch.float32) for name in ("loss", "scale")}
+    grad_pred = gradient(pred, True)
+    arrays: Any = {name: (value, (), torch.float32) for name, value in results.items()}
+    arrays["grad_pred"] = (grad_pred, tuple(pred.shape), pred.dtype)
+    _run(pred, target, mask, patch_size, norm_pix_loss, arrays)
+    return results["loss"], results["scale"], grad_pred
 
 
 def mae_backward(

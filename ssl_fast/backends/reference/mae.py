@@ -12,7 +12,7 @@ from ssl_fast.backends.reference.pairs import accumulation_dtype, chunks
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["mae", "mae_backward", "patches_of"]
+__all__ = ["mae", "mae_backward", "mae_with_gradient", "patches_of"]
 
 EPSILON = 1e-6  # added to a patch's variance
 
@@ -127,3 +127,19 @@ def mae_backward(
         torch.cat(of_pred) if need_pred else pred.new_empty(0),
         torch.cat(of_target) if need_target else target.new_empty(0),
     )
+
+
+def mae_with_gradient(
+    pred: Tensor,  # [B, L, P]
+    target: Tensor,  # [B, L, P], or [B, C, H, W] with a patch size
+    mask: Tensor,  # [B, L] in the accumulation dtype
+    patch_size: Sequence[int],
+    norm_pix_loss: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``mae`` and the gradient of its loss for the prediction."""
+    loss, scale = mae(pred, target, mask, patch_size, norm_pix_loss)
+    weight = torch.ones_like(loss)
+    grad_pred, _ = mae_backward(
+        pred, target, mask, scale, weight, patch_size, norm_pix_loss, True, False
+    )
+    return loss, scale, grad_pred

@@ -14,7 +14,7 @@ from ssl_fast.backends.reference import mae as reference
 from ssl_fast.backends.triton import mae_kernels as kernels
 from ssl_fast.backends.triton.device import launching_on, written_dtype
 
-__all__ = ["mae", "mae_backward"]
+__all__ = ["mae", "mae_backward", "mae_with_gradient"]
 
 MOST_ELEMENTS = 1024  # of a patch that a program holds at a time
 
@@ -90,3 +90,19 @@ def mae_backward(
                 pred, target, mask, scale, weight, patch_size, norm_pix_loss, False, True
             )
     return grad_pred, grad_target
+
+
+def mae_with_gradient(
+    pred: Tensor,  # [B, L, P]
+    target: Tensor,  # [B, L, P], or [B, C, H, W] with a patch size
+    mask: Tensor,  # [B, L]
+    patch_size: Sequence[int],
+    norm_pix_loss: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``mae`` and the gradient of its loss for the prediction."""
+    loss, scale = mae(pred, target, mask, patch_size, norm_pix_loss)
+    weight = torch.ones_like(loss)
+    grad_pred, _ = mae_backward(
+        pred, target, mask, scale, weight, patch_size, norm_pix_loss, True, False
+    )
+    return loss, scale, grad_pred
