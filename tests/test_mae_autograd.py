@@ -76,6 +76,30 @@ def test_second_backward_and_no_grad(backend):
     assert torch.equal(alone, loss)
 
 
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_a_gradient_made_in_the_forward_pass(backend, dtype, norm_pix_loss, factor):
+    """It is its receiver's to write to, and the same from every backward."""
+    pred, target, mask = inputs_of((3, 20, 37), dtype)
+    leaf = pred.clone().requires_grad_()
+    loss = factor * ssl_fast.mae_loss(
+        leaf, target, mask, norm_pix_loss=norm_pix_loss, backend=backend
+    )
+    first, second = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2))
+    expected = second.clone()
+    first.mul_(7.0)
+    assert torch.equal(second, expected)
+    batched = torch.tensor([1.0, 2.0])
+    (both,) = torch.autograd.grad(loss, leaf, batched, retain_graph=True, is_grads_batched=True)
+    torch.testing.assert_close(both, torch.stack([expected, 2.0 * expected]))
+    (last,) = torch.autograd.grad(loss, leaf)
+    assert torch.equal(last, expected)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, leaf)
+    exact = exact_of(pred, target, mask, norm_pix_loss=norm_pix_loss)[1]
+    assert_near(last, factor * exact, dtype)
+
+
 def test_written_before_the_backward(backend):
     pred, target, mask = inputs_of((2, 5, 7))
     pred.requires_grad_()
@@ -101,6 +125,7 @@ def test_transforms_compile_autocast_and_opcheck(backend):
     operators = torch.ops.ssl_fast
     arguments = (pred, target, mask, [], True)
     torch.library.opcheck(operators.mae.default, arguments, {"backend": backend})
+    torch.library.opcheck(operators.mae_with_gradient.default, arguments, {"backend": backend})
     scalars = torch.tensor(0.1), torch.tensor(1.0)
     images = torch.rand(2, 1, 5, 7), mask, *scalars, [1, 7], True
     for needs in itertools.product([False, True], repeat=2):
