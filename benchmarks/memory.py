@@ -30,7 +30,9 @@ def peak_extra_bytes(case: Case, side: Side) -> int | None:
     On a CPU in a child process, by the kernel's high-water mark; on a GPU by torch's counter.
     """
     if case.device == "cuda":
-        peak: int | None = _cuda_peak(side.step(case))
+        step = side.step(case)
+        step()
+        peak: int | None = cuda_peak(step)
     else:
         peak = memory.peak_extra_bytes(job, case, side.name)
     return None if peak is None else max(0, peak - case.gradient_bytes)
@@ -64,13 +66,14 @@ def device_bytes(device: str) -> int | None:
     return memory.total_bytes()
 
 
-def _cuda_peak(step: Callable[[], object]) -> int:
-    step()
+def cuda_peak(step: Callable[[], object]) -> int:
+    """The peak beyond what was there, results included, of a step that is warm."""
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     kept = step()
+    torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated()
     del kept
     return peak - before

@@ -20,6 +20,7 @@ from benchmarks.gpu.compare import (
     values_and_gradients,
 )
 from benchmarks.gpu.findings import Finding, Place, Task, attempt
+from benchmarks.memory import cuda_peak
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -189,19 +190,6 @@ def _whole(subject: Subject, place: Place) -> str:
     return f"one graph, {time.perf_counter() - start:.0f} s to compile"
 
 
-def _extra_bytes(step: Callable[[], object]) -> int:
-    """The peak beyond what was there, of a step that is warm."""
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    kept = step()
-    peak = torch.cuda.max_memory_allocated() - before
-    del kept
-    return peak
-
-
 def _memory(subject: Subject) -> Task:
     """The peak above the inputs, gradients included, beside one dense matrix of the pairs."""
 
@@ -209,7 +197,8 @@ def _memory(subject: Subject) -> Task:
         shape = Shape(MEMORY_ROWS, MEMORY_DIM)
         inputs = subject.inputs(shape, DTYPE, place.device)
         step = _pass(subject, shape, place)
-        extra = _extra_bytes(lambda: step(inputs))
+        step(inputs)
+        extra = cuda_peak(lambda: step(inputs))
         rows = len(inputs.learned[0]) * (2 if subject.name == "nt_xent" else 1)
         matrix = rows * rows * DTYPE.itemsize
         told = f"{extra / 2**20:.0f} MiB, a dense matrix has {matrix / 2**20:.0f} MiB"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks import timing
+from benchmarks import memory, timing
 from benchmarks.gpu import peers
 from benchmarks.gpu.findings import FAILED, MISSED, Finding, Place, Task, said
 
@@ -80,24 +80,24 @@ def faster_than(other: str, bound: float) -> Goal:
     return Goal(f"against {other}", lambda found: found.ratio(other), bound, True, "x")
 
 
-def share_of_peak(bound: float) -> Goal:
-    def value(found: Measured) -> float | None:
-        ours, peak = found.seconds(OURS), found.ceilings.get(MATRIX_PEAK)
-        if ours is None or peak is None or found.flops is None:
-            return None
-        return 100 * found.flops / ours / peak
+def _share(ceiling: str, work: str, what: str, bound: float) -> Goal:
+    """Of a ceiling's rate, in percent; ``work`` is what of ``Measured`` counts the work."""
 
-    return Goal("of the matrix peak", value, bound, True, "%")
+    def value(found: Measured) -> float | None:
+        ours, rate, done = found.seconds(OURS), found.ceilings.get(ceiling), getattr(found, work)
+        if ours is None or rate is None or done is None:
+            return None
+        return 100 * float(done) / ours / rate
+
+    return Goal(what, value, bound, True, "%")
+
+
+def share_of_peak(bound: float) -> Goal:
+    return _share(MATRIX_PEAK, "flops", "of the matrix peak", bound)
 
 
 def share_of_copy(bound: float) -> Goal:
-    def value(found: Measured) -> float | None:
-        ours, rate = found.seconds(OURS), found.ceilings.get(COPY)
-        if ours is None or rate is None or found.moved is None:
-            return None
-        return 100 * found.moved / ours / rate
-
-    return Goal("of the copy bandwidth", value, bound, True, "%")
+    return _share(COPY, "moved", "of the copy bandwidth", bound)
 
 
 def times_as_long(other: str, bound: float) -> Goal:
@@ -166,21 +166,6 @@ def relative(ours: Sequence[Tensor], other: Sequence[Tensor], _: Any) -> float:
     return float(torch.stack(errors).max())
 
 
-def extra_bytes(step: Step, place: Place) -> int | None:
-    """The peak beyond what was there, results included."""
-    if place.device != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    kept = step()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    del kept
-    return int(peak)
-
-
 def run(race: Race, place: Place) -> list[Finding]:
     """Check the sides, time them in turns, hold ours against the goals."""
     findings: list[Finding] = []
@@ -211,9 +196,8 @@ def run(race: Race, place: Place) -> list[Finding]:
             findings.append(Finding("speed", f"{race.name}, {side.name}", FAILED, told))
             continue
         steps[side.name] = step
-        used = extra_bytes(step, place)
-        if used is not None:
-            extra[side.name] = used
+        if place.device == "cuda":
+            extra[side.name] = memory.cuda_peak(step)
     del expected
     return findings + judged(race, measure(race, place, steps, extra))
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from ssl_fast.backends.reference.pairs import accumulation_dtype, chunks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-__all__ = ["mae", "mae_backward", "mae_with_gradient", "patches_of"]
+__all__ = ["mae", "mae_backward", "mae_with_gradient", "patches_of", "with_gradient"]
 
 EPSILON = 1e-6  # added to a patch's variance
 
@@ -129,17 +129,26 @@ def mae_backward(
     )
 
 
-def mae_with_gradient(
-    pred: Tensor,  # [B, L, P]
-    target: Tensor,  # [B, L, P], or [B, C, H, W] with a patch size
-    mask: Tensor,  # [B, L] in the accumulation dtype
-    patch_size: Sequence[int],
-    norm_pix_loss: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``mae`` and the gradient of its loss for the prediction."""
-    loss, scale = mae(pred, target, mask, patch_size, norm_pix_loss)
-    weight = torch.ones_like(loss)
-    grad_pred, _ = mae_backward(
-        pred, target, mask, scale, weight, patch_size, norm_pix_loss, True, False
-    )
-    return loss, scale, grad_pred
+def with_gradient(
+    forward: Callable[..., tuple[Tensor, Tensor]], backward: Callable[..., tuple[Tensor, Tensor]]
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """``mae_with_gradient`` from a backend's ``mae`` and ``mae_backward``."""
+
+    def mae_with_gradient(
+        pred: Tensor,  # [B, L, P]
+        target: Tensor,  # [B, L, P], or [B, C, H, W] with a patch size
+        mask: Tensor,  # [B, L] in the accumulation dtype
+        patch_size: Sequence[int],
+        norm_pix_loss: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``mae`` and the gradient of its loss for the prediction."""
+        rules = patch_size, norm_pix_loss
+        loss, scale = forward(pred, target, mask, *rules)
+        weight = torch.ones_like(loss)
+        grad_pred, _ = backward(pred, target, mask, scale, weight, *rules, True, False)
+        return loss, scale, grad_pred
+
+    return mae_with_gradient
+
+
+mae_with_gradient = with_gradient(mae, mae_backward)

@@ -92,17 +92,4 @@ def mae_backward(
     return grad_pred, grad_target
 
 
-def mae_with_gradient(
-    pred: Tensor,  # [B, L, P]
-    target: Tensor,  # [B, L, P], or [B, C, H, W] with a patch size
-    mask: Tensor,  # [B, L]
-    patch_size: Sequence[int],
-    norm_pix_loss: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``mae`` and the gradient of its loss for the prediction."""
-    loss, scale = mae(pred, target, mask, patch_size, norm_pix_loss)
-    weight = torch.ones_like(loss)
-    grad_pred, _ = mae_backward(
-        pred, target, mask, scale, weight, patch_size, norm_pix_loss, True, False
-    )
-    return loss, scale, grad_pred
+mae_with_gradient = reference.with_gradient(mae, mae_backward)
