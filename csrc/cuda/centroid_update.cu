@@ -34,8 +34,6 @@ struct Plan {
     double* partial_counts;  // [parts, 2]
 };
 
-std::int64_t divided_up(std::int64_t n, std::int64_t by) { return (n + by - 1) / by; }
-
 // Sizes, and the places of the arrays in a workspace that may be null.
 Plan plan_of(const CentroidUpdate& call, std::size_t& bytes) {
     Plan plan{};
@@ -178,57 +176,55 @@ __device__ inline std::int64_t segment_at(const Plan& plan, std::int64_t place) 
     return low;
 }
 
-template <int WIDTH>
+template <int W>
 struct Sum {
-    double of_rows[WIDTH], of_weights;
+    double of_rows[W], of_weights;
 };
 
-template <class T, int WIDTH>
-__device__ void add_row(const CentroidUpdate& call, std::int64_t row, const Pack<T, WIDTH>& values,
-                        Sum<WIDTH>& sum) {
+template <class T, int W>
+__device__ void add_row(const CentroidUpdate& call, std::int64_t row, const Pack<T, W>& values,
+                        Sum<W>& sum) {
     double factor = call.weight == nullptr ? 1.0 : call.weight[row];
     sum.of_weights += factor;
     if (call.x_scale != nullptr) factor *= call.x_scale[row];
-    for (int i = 0; i < WIDTH; ++i) sum.of_rows[i] += widen(values.values[i]) * factor;
+    for (int i = 0; i < W; ++i) sum.of_rows[i] += widen(values.values[i]) * factor;
 }
 
 // The rows of one problem at places begin to end of the order, in that order.
-template <class T, int WIDTH>
-__device__ Sum<WIDTH> sum_of(const CentroidUpdate& call, const Plan& plan, std::int64_t problem,
-                             std::int64_t column, std::int64_t begin, std::int64_t end) {
+template <class T, int W>
+__device__ Sum<W> sum_of(const CentroidUpdate& call, const Plan& plan, std::int64_t problem,
+                         std::int64_t column, std::int64_t begin, std::int64_t end) {
     const T* x = static_cast<const T*>(call.x.data) + problem * call.x.batch_stride + column;
     const std::int64_t first_row = problem * plan.n;
-    Sum<WIDTH> sum{};
+    Sum<W> sum{};
     std::int64_t place = begin;
     for (; place + UNROLL <= end; place += UNROLL) {
-        Pack<T, WIDTH> values[UNROLL];
+        Pack<T, W> values[UNROLL];
         int rows[UNROLL];
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) rows[u] = plan.order[place + u];
 #pragma unroll
-        for (int u = 0; u < UNROLL; ++u)
-            values[u] = load<T, WIDTH>(x + rows[u] * call.x.row_stride);
+        for (int u = 0; u < UNROLL; ++u) values[u] = load<T, W>(x + rows[u] * call.x.row_stride);
 #pragma unroll
-        for (int u = 0; u < UNROLL; ++u)
-            add_row<T, WIDTH>(call, first_row + rows[u], values[u], sum);
+        for (int u = 0; u < UNROLL; ++u) add_row<T, W>(call, first_row + rows[u], values[u], sum);
     }
     for (; place < end; ++place) {
         const std::int64_t row = plan.order[place];
-        const Pack<T, WIDTH> values = load<T, WIDTH>(x + row * call.x.row_stride);
-        add_row<T, WIDTH>(call, first_row + row, values, sum);
+        const Pack<T, W> values = load<T, W>(x + row * call.x.row_stride);
+        add_row<T, W>(call, first_row + row, values, sum);
     }
     return sum;
 }
 
-// `lanes` threads are a worker: one part of the order in lanes * WIDTH columns. A segment that lies
+// `lanes` threads are a worker: one part of the order in lanes * W columns. A segment that lies
 // in the part altogether is written; what it shares with others goes to the partial sums.
-template <class T, int WIDTH>
+template <class T, int W>
 __global__ void __launch_bounds__(THREADS, 2)
     sum_kernel(CentroidUpdate call, Plan plan, int lanes, std::int64_t column_blocks) {
     const std::int64_t worker =
         (static_cast<std::int64_t>(blockIdx.x) * THREADS + threadIdx.x) / lanes;
     const std::int64_t part = worker / column_blocks, column_block = worker % column_blocks;
-    const std::int64_t column = (column_block * lanes + threadIdx.x % lanes) * WIDTH;
+    const std::int64_t column = (column_block * lanes + threadIdx.x % lanes) * W;
     const std::int64_t begin = part * plan.part, taken = plan.bounds[plan.segments];
     const std::int64_t end = begin + plan.part < taken ? begin + plan.part : taken;
     if (part >= plan.parts || begin >= end || column >= plan.d) return;
@@ -236,11 +232,11 @@ __global__ void __launch_bounds__(THREADS, 2)
     while (place < end) {
         const std::int64_t first = plan.bounds[segment], last = plan.bounds[segment + 1];
         const std::int64_t stop = last < end ? last : end;
-        const Sum<WIDTH> sum = sum_of<T, WIDTH>(call, plan, segment / plan.k, column, place, stop);
+        const Sum<W> sum = sum_of<T, W>(call, plan, segment / plan.k, column, place, stop);
         const bool whole = first >= begin && last <= end;
         const std::int64_t slot = part * 2 + (first >= begin ? 1 : 0);
         double* sums = whole ? call.sums + segment * plan.d : plan.partial_sums + slot * plan.d;
-        for (int i = 0; i < WIDTH; ++i) sums[column + i] = sum.of_rows[i];
+        for (int i = 0; i < W; ++i) sums[column + i] = sum.of_rows[i];
         if (column == 0) {
             if (whole)
                 call.counts[segment] = sum.of_weights;
@@ -274,22 +270,22 @@ __global__ void __launch_bounds__(THREADS) join_kernel(CentroidUpdate call, Plan
     (counts ? call.counts[segment] : call.sums[segment * plan.d + column]) = total;
 }
 
-template <class T, int WIDTH>
+template <class T, int W>
 cudaError_t sum_parts(const CentroidUpdate& call, const Plan& plan, cudaStream_t stream) {
     int lanes = 1;
-    while (lanes < WARP && lanes * WIDTH < plan.d) lanes *= 2;
-    const std::int64_t column_blocks = divided_up(plan.d, static_cast<std::int64_t>(lanes) * WIDTH);
+    while (lanes < WARP && lanes * W < plan.d) lanes *= 2;
+    const std::int64_t column_blocks = divided_up(plan.d, static_cast<std::int64_t>(lanes) * W);
     const std::int64_t threads = plan.parts * column_blocks * lanes;
-    return launch(&sum_kernel<T, WIDTH>, divided_up(threads, THREADS), THREADS, stream, call, plan,
+    return launch(&sum_kernel<T, W>, divided_up(threads, THREADS), THREADS, stream, call, plan,
                   lanes, column_blocks);
 }
 
 template <class T>
 cudaError_t sum_rows(const CentroidUpdate& call, const Plan& plan, cudaStream_t stream) {
-    constexpr int WIDTH = ACCESS_BYTES / static_cast<int>(sizeof(T));
-    const bool packed = aligned(call.x.data) && call.d % WIDTH == 0 &&
-                        call.x.row_stride % WIDTH == 0 && call.x.batch_stride % WIDTH == 0;
-    return packed ? sum_parts<T, WIDTH>(call, plan, stream) : sum_parts<T, 1>(call, plan, stream);
+    constexpr int W = WIDTH<T>;
+    const bool packed = aligned(call.x.data) && call.d % W == 0 && call.x.row_stride % W == 0 &&
+                        call.x.batch_stride % W == 0;
+    return packed ? sum_parts<T, W>(call, plan, stream) : sum_parts<T, 1>(call, plan, stream);
 }
 
 }  // namespace
@@ -319,12 +315,9 @@ int run(const CentroidUpdate& call, void* stream) {
     then([&] { return launch(&bounds_kernel, 1, SCAN_THREADS, on, plan); });
     then([&] { return launch(&place_kernel, divided_up(units, WARPS), THREADS, on, call, plan); });
     then([&] {
-        switch (call.dtype) {
-            case Dtype::float32: return sum_rows<float>(call, plan, on);
-            case Dtype::bfloat16: return sum_rows<__nv_bfloat16>(call, plan, on);
-            case Dtype::float16: return sum_rows<__half>(call, plan, on);
-        }
-        return cudaErrorInvalidValue;
+        return with_element(
+            call.dtype, [&](auto zero) { return sum_rows<decltype(zero)>(call, plan, on); },
+            cudaErrorInvalidValue);
     });
     then([&] {
         const std::int64_t blocks = divided_up(plan.segments * (plan.d + 1), THREADS);

@@ -8,15 +8,19 @@
 
 #include <cstdint>
 
+#include "core/pair_softmax.h"
+
 namespace ssl_fast {
 namespace cuda {
 
-// The widest access of a thread.
+// The widest access of a thread, and how many numbers it moves.
 constexpr int ACCESS_BYTES = 16;
+template <class T>
+constexpr int WIDTH = ACCESS_BYTES / static_cast<int>(sizeof(T));
 
-template <class T, int WIDTH>
-struct alignas(sizeof(T) * WIDTH < ACCESS_BYTES ? sizeof(T) * WIDTH : ACCESS_BYTES) Pack {
-    T values[WIDTH];
+template <class T, int W>
+struct alignas(sizeof(T) * W < ACCESS_BYTES ? sizeof(T) * W : ACCESS_BYTES) Pack {
+    T values[W];
 };
 
 __device__ inline float widen(float x) { return x; }
@@ -39,13 +43,24 @@ __device__ inline __half narrow<__half>(float x) {
     return __float2half_rn(x);
 }
 
-template <class T, int WIDTH>
-__device__ Pack<T, WIDTH> load(const T* from) {
-    return *reinterpret_cast<const Pack<T, WIDTH>*>(from);
+template <class T, int W>
+__device__ Pack<T, W> load(const T* from) {
+    return *reinterpret_cast<const Pack<T, W>*>(from);
 }
-template <class T, int WIDTH>
-__device__ void store(T* to, const Pack<T, WIDTH>& pack) {
-    *reinterpret_cast<Pack<T, WIDTH>*>(to) = pack;
+template <class T, int W>
+__device__ void store(T* to, const Pack<T, W>& pack) {
+    *reinterpret_cast<Pack<T, W>*>(to) = pack;
+}
+
+// What run gives for a number of the dtype; `otherwise` for no dtype.
+template <class Run, class Result>
+Result with_element(Dtype dtype, Run run, Result otherwise) {
+    switch (dtype) {
+        case Dtype::float32: return run(float{});
+        case Dtype::bfloat16: return run(__nv_bfloat16{});
+        case Dtype::float16: return run(__half{});
+    }
+    return otherwise;
 }
 
 // Null is aligned: what isn't there is not accessed.

@@ -16,8 +16,6 @@ constexpr int UNROLL = 4;
 constexpr int MOST_TENSORS = 64;
 
 template <class T>
-constexpr int WIDTH = ACCESS_BYTES / static_cast<int>(sizeof(T));
-template <class T>
 constexpr int TILE = THREADS * UNROLL * WIDTH<T>;
 
 struct Tensors {
@@ -108,14 +106,9 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 template <class T>
-std::int64_t blocks_of(std::int64_t size) {
-    return (size + TILE<T> - 1) / TILE<T>;
-}
-
-template <class T>
 std::int64_t all_blocks(const L2Sp& call) {
     std::int64_t blocks = 0;
-    for (std::int64_t i = 0; i < call.count; ++i) blocks += blocks_of<T>(call.sizes[i]);
+    for (std::int64_t i = 0; i < call.count; ++i) blocks += divided_up(call.sizes[i], TILE<T>);
     return blocks;
 }
 
@@ -137,7 +130,8 @@ cudaError_t run_all(const L2Sp& call, cudaStream_t stream) {
             tensors.anchors[i] = address<const void*>(call.anchors, first + i);
             tensors.grads[i] = address<void*>(call.grads, first + i);
             tensors.sizes[i] = call.sizes[first + i];
-            tensors.first_block[i + 1] = tensors.first_block[i] + blocks_of<T>(tensors.sizes[i]);
+            tensors.first_block[i + 1] =
+                tensors.first_block[i] + divided_up(tensors.sizes[i], TILE<T>);
         }
         const std::int64_t blocks = tensors.first_block[tensors.count];
         const cudaError_t error = launch(&distance_kernel<T>, blocks, THREADS, stream, tensors,
@@ -154,19 +148,19 @@ cudaError_t run_all(const L2Sp& call, cudaStream_t stream) {
 }  // namespace
 
 std::size_t workspace_bytes(const L2Sp& call) {
-    const std::int64_t blocks =
-        call.dtype == Dtype::float32 ? all_blocks<float>(call) : all_blocks<__half>(call);
-    return static_cast<std::size_t>(blocks) * sizeof(double);
+    return with_element(
+        call.dtype,
+        [&](auto zero) {
+            return static_cast<std::size_t>(all_blocks<decltype(zero)>(call)) * sizeof(double);
+        },
+        std::size_t{0});
 }
 
 int run(const L2Sp& call, void* stream) {
     const auto on = static_cast<cudaStream_t>(stream);
-    switch (call.dtype) {
-        case Dtype::float32: return run_all<float>(call, on);
-        case Dtype::bfloat16: return run_all<__nv_bfloat16>(call, on);
-        case Dtype::float16: return run_all<__half>(call, on);
-    }
-    return cudaErrorInvalidValue;
+    return with_element(
+        call.dtype, [&](auto zero) { return run_all<decltype(zero)>(call, on); },
+        cudaErrorInvalidValue);
 }
 
 }  // namespace cuda

@@ -11,6 +11,8 @@ namespace cuda {
 constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
 
+constexpr std::int64_t divided_up(std::int64_t n, std::int64_t by) { return (n + by - 1) / by; }
+
 // Nothing is launched for no blocks. A grid's first dimension holds 2^31 - 1.
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), std::int64_t blocks, int threads,

@@ -15,8 +15,6 @@ constexpr int THREADS = 256;
 // which ask for 64 KB at once; an H200's bandwidth times its latency is some 40 KB for each.
 constexpr int UNROLL = 2;
 
-template <class T>
-constexpr int WIDTH = ACCESS_BYTES / static_cast<int>(sizeof(T));
 // Elements of a block. The sizes alone cut the work, so the same bits come from every card.
 template <class T>
 constexpr int TILE = THREADS * UNROLL * WIDTH<T>;
@@ -127,16 +125,11 @@ __global__ void __launch_bounds__(THREADS, 4)
     if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
-template <class T>
-std::int64_t blocks_of(std::int64_t n) {
-    return (n + TILE<T> - 1) / TILE<T>;
-}
-
 template <class T, class Target, Kind KIND>
 cudaError_t run(const Reconstruction& call, cudaStream_t stream) {
     const bool packed = aligned(call.input) && aligned(call.target) && aligned(call.grad);
     auto* partials = static_cast<double*>(call.workspace);
-    const std::int64_t blocks = blocks_of<T>(call.n);
+    const std::int64_t blocks = divided_up(call.n, TILE<T>);
     const cudaError_t error = launch(&reconstruction_kernel<T, Target, KIND>, blocks, THREADS,
                                      stream, call, partials, packed);
     if (error != cudaSuccess || call.value == nullptr) return error;
@@ -168,19 +161,20 @@ cudaError_t run_target(const Reconstruction& call, cudaStream_t stream) {
 }  // namespace
 
 std::size_t workspace_bytes(const Reconstruction& call) {
-    const std::int64_t blocks =
-        call.dtype == Dtype::float32 ? blocks_of<float>(call.n) : blocks_of<__half>(call.n);
-    return static_cast<std::size_t>(blocks) * sizeof(double);
+    return with_element(
+        call.dtype,
+        [&](auto zero) {
+            return static_cast<std::size_t>(divided_up(call.n, TILE<decltype(zero)>)) *
+                   sizeof(double);
+        },
+        std::size_t{0});
 }
 
 int run(const Reconstruction& call, void* stream) {
     const auto on = static_cast<cudaStream_t>(stream);
-    switch (call.dtype) {
-        case Dtype::float32: return run_target<float>(call, on);
-        case Dtype::bfloat16: return run_target<__nv_bfloat16>(call, on);
-        case Dtype::float16: return run_target<__half>(call, on);
-    }
-    return cudaErrorInvalidValue;
+    return with_element(
+        call.dtype, [&](auto zero) { return run_target<decltype(zero)>(call, on); },
+        cudaErrorInvalidValue);
 }
 
 }  // namespace cuda
