@@ -161,6 +161,17 @@ def test_small_losses_keep_their_digits(backend):
     torch.testing.assert_close(grad.double(), wide, rtol=1e-6, atol=0)
 
 
+def test_small_losses_go_to_the_backend_of_the_environment(monkeypatch):
+    """Without a name they are torch's operator; a name that can't be must not be passed over."""
+    x = torch.ones(4)
+    monkeypatch.delenv("SSL_FAST_BACKEND", raising=False)
+    assert ssl_fast.reconstruction_loss(x, -x, "mse").item() == 4.0
+    monkeypatch.setenv("SSL_FAST_BACKEND", "abacus")
+    for kind in ("mse", "l1"):
+        with pytest.raises(ValueError, match=r"SSL_FAST_BACKEND must be one of.*got 'abacus'"):
+            ssl_fast.reconstruction_loss(x, -x, kind)
+
+
 def test_small_numbers_in_bce(backend):
     x = torch.cat([torch.logspace(-30, -1, 500), 1.0 - torch.logspace(-7, -1, 500)])
     t = torch.rand(1000)
