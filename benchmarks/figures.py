@@ -174,3 +174,17 @@ def _checked(case: Case, side: Side) -> tuple[Step | None, str]:
 def told(times: timing.Times) -> str:
     """A median and its spread in words."""
     return f"{times.median * 1e3:.4g} ms (+-{100 * times.spread:.0f}%)"
+
+
+def ratio(
+    label: str, what: str, goal: float | None, times: dict[str, timing.Times], wrong: str | None,
+    our_name: str, other: str,
+) -> Figure:  # fmt: skip
+    """How many times faster ours is than another; ``wrong`` says what is amiss with the other."""
+    value = spread = None
+    detail = wrong or memory.NOT_KEPT
+    if wrong is None and other in times:
+        mine, theirs = times[our_name], times[other]
+        value, spread = theirs.median / mine.median, max(mine.spread, theirs.spread)
+        detail = f"{told(theirs)} against {told(mine)}, {len(mine.rounds)} rounds"
+    return Figure(label, what, value, goal, at_least=True, unit="x", detail=detail, spread=spread)

@@ -12,7 +12,7 @@ import torch
 import ssl_fast
 from benchmarks import memory, timing
 from benchmarks.ceilings import fma_peak
-from benchmarks.figures import PEAK_SECONDS, SECONDS_PER_GROUP, Figure, told
+from benchmarks.figures import PEAK_SECONDS, SECONDS_PER_GROUP, Figure, ratio, told
 from ssl_fast.demo.memory import peak_extra_bytes
 
 if TYPE_CHECKING:
@@ -149,20 +149,6 @@ def measured(
     seconds = sum(timing.once(call) for call in calls.values())
     rounds = timing.rounds_for(seconds, budget=SECONDS_PER_GROUP, least=least, most=15)
     return timing.alternate(calls, rounds), None
-
-
-def ratio(
-    label: str, what: str, goal: float | None, times: dict[str, timing.Times], wrong: str | None,
-    our_name: str, other: str,
-) -> Figure:  # fmt: skip
-    """How many times faster ours is than another."""
-    value = spread = None
-    detail = wrong or ""
-    if wrong is None:
-        mine, theirs = times[our_name], times[other]
-        value, spread = theirs.median / mine.median, max(mine.spread, theirs.spread)
-        detail = f"{told(theirs)} against {told(mine)}, {len(mine.rounds)} rounds"
-    return Figure(label, what, value, goal, at_least=True, unit="x", detail=detail, spread=spread)
 
 
 def _peak(case: Clustering, times: dict[str, timing.Times], peak: list[float]) -> Figure:

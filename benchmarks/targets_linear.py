@@ -11,8 +11,7 @@ import torch.nn.functional as F
 import ssl_fast
 from benchmarks import memory, timing
 from benchmarks.ceilings import fma_peak
-from benchmarks.figures import PEAK_SECONDS, SECONDS_PER_GROUP, Figure
-from benchmarks.targets_clustering import ratio
+from benchmarks.figures import PEAK_SECONDS, SECONDS_PER_GROUP, Figure, ratio
 from benchmarks.targets_reconstruction import compiled
 from ssl_fast.demo.memory import peak_extra_bytes
 

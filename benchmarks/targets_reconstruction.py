@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import ssl_fast
 from benchmarks import memory, timing
-from benchmarks.figures import SECONDS_PER_GROUP, Figure, told
+from benchmarks.figures import SECONDS_PER_GROUP, Figure, ratio, told
 from benchmarks.machine import native_module
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def figures_of(case: Case, *, most: int = 25) -> list[Figure]:
         calls[FLOOR] = bare
     fresh = _timed(calls, most)
     figures = [
-        _ratio(case.label, f"against {name}", goal, fresh, name, wrong.get(name))
+        ratio(case.label, f"against {name}", goal, fresh, wrong.get(name), OURS, name)
         for name, goal in case.goals.items()
     ]
     if bare is None:
@@ -118,7 +118,9 @@ def figures_of(case: Case, *, most: int = 25) -> list[Figure]:
     with memory.kept_buffers() as kept:
         reused = _timed(calls, most) if kept else {}
     figures += [
-        _ratio(case.label, f"against {name}, reused buffers", None, reused, name, wrong.get(name))
+        ratio(
+            case.label, f"against {name}, reused buffers", None, reused, wrong.get(name), OURS, name
+        )
         for name in case.goals
     ]
     figures.append(_above(case.label, "reused buffers", case.above_floor, reused, case.moved))
@@ -129,20 +131,6 @@ def _timed(calls: dict[str, Callable[[], object]], most: int) -> dict[str, timin
     seconds = sum(timing.once(call) for call in calls.values())
     rounds = timing.rounds_for(seconds, budget=SECONDS_PER_GROUP / 2, least=5, most=most)
     return timing.alternate(calls, rounds)
-
-
-def _ratio(
-    label: str, what: str, goal: float | None, times: dict[str, timing.Times], other: str,
-    wrong: str | None,
-) -> Figure:  # fmt: skip
-    """How many times faster ours is than another."""
-    value = spread = None
-    detail = wrong or memory.NOT_KEPT
-    if other in times:
-        ours, theirs = times[OURS], times[other]
-        value, spread = theirs.median / ours.median, max(ours.spread, theirs.spread)
-        detail = f"{told(theirs)} against {told(ours)}, {len(ours.rounds)} rounds"
-    return Figure(label, what, value, goal, at_least=True, unit="x", detail=detail, spread=spread)
 
 
 def _above(

@@ -15,7 +15,7 @@ from ssl_fast.cluster.rows import parts
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Iteration", "KMeansResult", "Rules", "better", "fill_empty", "run", "squared_shift"]
+__all__ = ["Iteration", "KMeansResult", "Rules", "better", "fill_empty", "run", "shift_of"]
 
 
 class KMeansResult(NamedTuple):
@@ -80,17 +80,22 @@ def fill_empty(
     return filled
 
 
-def squared_shift(
+def shift_of(
     new: Tensor,  # [B, K, D]
     old: Tensor,  # [B, K, D]
-) -> Tensor:
-    """The squared way of all centroids of a problem, float64 [B]."""
+) -> tuple[Tensor, Tensor]:
+    """The squared way of all centroids of a problem, float64 [B], and whether any moved at all.
+
+    Ways below 1e-162 have no square.
+    """
     wide = accumulation_dtype(new)
     ways = new.new_empty(new.shape[:2], dtype=torch.float64)
+    largest = new.new_empty(new.shape[:2], dtype=wide)
     for problems, part in parts(*new.shape):
         moved = new[problems, part].to(wide) - old[problems, part].to(wide)
-        ways[problems, part] = moved.square_().sum(2, dtype=torch.float64)
-    return ways.sum(1)
+        ways[problems, part] = torch.linalg.vector_norm(moved, dim=2, dtype=torch.float64)
+        largest[problems, part] = moved.abs_().amax(2)
+    return ways.square_().sum(1), (largest != 0.0).any(1)
 
 
 def _keep(active: Tensor, new: Tensor, old: Tensor | None) -> Tensor:
@@ -132,8 +137,8 @@ def run(
         del sums  # as large as all that is made until the next ones
         labels, counts = _keep(active, found, labels), _keep(active, weights, counts)
         del found
-        shift = squared_shift(new, centroids)
-        moved = torch.where(active, (new != centroids).flatten(1).any(1), moved)
+        shift, changed = shift_of(new, centroids)
+        moved = torch.where(active, changed, moved)
         centroids = new if everywhere else torch.where(active[:, None, None], new, centroids)
         n_iter = n_iter + active
         if rules.callback is not None:

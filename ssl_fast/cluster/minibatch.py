@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ssl_fast.cluster.estimator import Base, FitIteration, Rows, as_tensor, is_array
-from ssl_fast.cluster.lloyd import squared_shift
+from ssl_fast.cluster.lloyd import shift_of
 from ssl_fast.cluster.progress import Progress
 from ssl_fast.cluster.scikit_init import draws
 
@@ -277,7 +277,7 @@ class MiniBatchKMeans(Base):
                 # Batches are drawn by the weights, which so have had their part.
                 inertia = state.step(x[index.to(x.device)], None, sizes.batch, random_state)
                 inertia /= sizes.batch
-                shift = float(squared_shift(state.centers[None], before[None]))
+                shift = float(shift_of(state.centers[None], before[None])[0])
                 progress.step(step, inertia=inertia, shift=shift)
                 if self.callback is not None:
                     given = rows.give(state.centers.clone())

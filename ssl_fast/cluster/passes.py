@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssl_fast.cluster.empty import Farthest, relocate, split
-from ssl_fast.cluster.lloyd import squared_shift
+from ssl_fast.cluster.lloyd import shift_of
 from ssl_fast.cluster.problem import means
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ def iterate(
         found = passes.sums(centroids)
         filled = _fill(passes, centroids, found, spread, empty)
         new = means(found.sums[None], filled[None], centroids[None], passes.cosine)[0]
-        shift = float(squared_shift(new[None], centroids[None]))
-        moved = bool((new != centroids).any())
+        ways, changed = shift_of(new[None], centroids[None])
+        shift, moved = float(ways), bool(changed)
         centroids = new
         if callback is not None:
             callback(PassIteration(n_iter, float(found.inertia), shift, centroids))

@@ -138,8 +138,8 @@ class Problem(NamedTuple):
         )
         return Problem(self.x[index : index + 1], x_scale, weight, lengths, self.backend)
 
-    def moments(self) -> Moments:
-        """Mean and variance by two passes of the ops, with one cluster."""
+    def mean(self) -> tuple[Tensor, Tensor]:
+        """How many rows there are [B] and their mean [B, D] in float64, finite if the rows are."""
         x = self.x
         one = torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
         if self.lengths is not None:
@@ -147,9 +147,13 @@ class Problem(NamedTuple):
         sums, counts = update_op.centroid_update(
             x, one, 1, x_scale=self.x_scale, backend=self.backend
         )
-        del one
         rows = counts[:, 0]
-        mean = sums[:, 0] / rows.clamp_min(1.0)[:, None]
+        return rows, sums[:, 0] / rows.clamp_min(1.0)[:, None]
+
+    def moments(self) -> Moments:
+        """Mean and variance by two passes of the ops, with one cluster."""
+        x = self.x
+        rows, mean = self.mean()
         rounded = mean.to(x.dtype)
         squares = nearest_op.nearest(
             x, rounded[:, None], x_scale=self.x_scale, lengths=self.lengths, backend=self.backend
@@ -178,10 +182,9 @@ def means(
     The sums are overwritten.
     """
     new = torch.empty_like(previous)
+    filled = counts > 0.0
     for problems, part in parts(*previous.shape):
-        weights = counts[problems, part].unsqueeze(2)
         some = sums[problems, part]
-        found = unit(some) if cosine else some.div_(weights)
-        rounded = found.to(previous.dtype)
-        new[problems, part] = torch.where(weights > 0.0, rounded, previous[problems, part])
-    return new
+        new[problems, part] = unit(some) if cosine else some.div_(counts[problems, part, None])
+    # A pass over the centroids, which few iterations need.
+    return new if bool(filled.all()) else torch.where(filled.unsqueeze(2), new, previous, out=new)

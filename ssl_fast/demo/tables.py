@@ -74,14 +74,16 @@ def render_reconstructions(found: Reconstructions) -> str:
     return "\n".join(lines)
 
 
-def _cells(title: str, cells: Sequence[str]) -> str:
-    return f"{title:<{_TITLE_WIDTH}}" + "".join(f"{cell:>{_WIDTH}}" for cell in cells)
+def _cells(
+    title: str, cells: Sequence[str], title_width: int = _TITLE_WIDTH, width: int = _WIDTH
+) -> str:
+    return f"{title:<{title_width}}" + "".join(f"{cell:>{width}}" for cell in cells)
 
 
 def _clusters(results: Results) -> list[str]:
     images = len(results.clusterings[EMBEDDINGS].labels)
     title = f"k-means of the {images} train images, {CLASSES} clusters, best of {STARTS} starts"
-    lines = ["", title, _cluster_row("", _CLUSTER_COLUMNS)]
+    lines = ["", title, _cells("", _CLUSTER_COLUMNS, _SPACE_WIDTH, _CLUSTER_WIDTH)]
     lines.append("-" * len(lines[-1]))
     for space, clustering in results.clusterings.items():
         for side, fit in clustering.fits.items():
@@ -93,12 +95,8 @@ def _clusters(results: Results) -> list[str]:
                 readable_seconds(fit.seconds),
                 "-" if side == OURS else readable_share(clustering.agreement),
             )
-            lines.append(_cluster_row(f"{space}, {side}", cells))
+            lines.append(_cells(f"{space}, {side}", cells, _SPACE_WIDTH, _CLUSTER_WIDTH))
     return lines
-
-
-def _cluster_row(title: str, cells: Sequence[str]) -> str:
-    return f"{title:<{_SPACE_WIDTH}}" + "".join(f"{cell:>{_CLUSTER_WIDTH}}" for cell in cells)
 
 
 def _large_batch(point: Point) -> list[str]:
@@ -132,4 +130,4 @@ def _other(point: Point) -> str:
 
 
 def _row(title: str, cells: dict[str, str]) -> str:
-    return f"{title:<{_TITLE_WIDTH}}" + "".join(f"{cells.get(c, '-'):>{_WIDTH}}" for c in _COLUMNS)
+    return _cells(title, [cells.get(column, "-") for column in _COLUMNS])
