@@ -1,8 +1,9 @@
-"""pair_softmax on Triton: statistics of the logits and their gradients, around two kernels.
+"""pair_softmax on Triton: statistics of the logits and their gradients, each from a sweep.
 
-The sweep gives the statistics; a gradient is three more products (two where S is symmetric): the
-logits again for the weights, and the weights times K and times Q in the library. What the first
-diagonal took out of the softmax gets its gradient in fp32, after the weights were rounded.
+The sweep gives the statistics. A gradient is two more products for each side, made where the
+weights are, or three for both: the logits again for the weights, and the weights times K and times
+Q in the library; choice.py says which. What the first diagonal took out of the softmax gets its
+gradient in fp32, after the weights were rounded.
 Every result is reproducible, and no value is read on the host.
 """
 
@@ -15,14 +16,9 @@ from ssl_fast.backends.triton.pair_softmax_losses import (
     pair_softmax_loss,
     pair_softmax_symmetric_loss,
 )
-from ssl_fast.backends.triton.pair_softmax_strips import (
-    BOTH,
-    ROWS,
-    Weights,
-    weight_products,
-    without_empty,
-)
+from ssl_fast.backends.triton.pair_softmax_products import weight_products
 from ssl_fast.backends.triton.pair_softmax_sweep import Pairs, pairs_of, sweep
+from ssl_fast.backends.triton.pair_softmax_weights import BOTH, ROWS, Weights, without_empty
 from ssl_fast.backends.triton.rows import finish_rows, row_dots
 from ssl_fast.backends.triton.strips import as_gradient, largest
 

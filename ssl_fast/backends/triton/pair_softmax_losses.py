@@ -11,14 +11,9 @@ from torch.nn import functional
 
 from ssl_fast.backends.triton.device import launching_on
 from ssl_fast.backends.triton.launch import rows_of
-from ssl_fast.backends.triton.pair_softmax_strips import (
-    MIRROR,
-    ROWS,
-    Weights,
-    weight_products,
-    without_empty,
-)
+from ssl_fast.backends.triton.pair_softmax_products import weight_products
 from ssl_fast.backends.triton.pair_softmax_sweep import pairs_of, sweep
+from ssl_fast.backends.triton.pair_softmax_weights import MIRROR, ROWS, Weights, without_empty
 from ssl_fast.backends.triton.rows import finish_rows, inverse_norms, row_dots
 
 
