@@ -19,6 +19,8 @@ FLAGS = {
     "fused_key": {"TERMS": 2, "PRODUCT": True, "MOMENT": True},
     "fused_both": {"TERMS": 3, "PRODUCT": True, "MOMENT": True},
     "fused_mirror": {"TERMS": 4, "PRODUCT": True, "MOMENT": True},
+    "fused_moment": {"TERMS": 3, "PRODUCT": False, "MOMENT": True},
+    "flash": {},
     "sigmoid_sweep": {},
     "sigmoid_weights": {"HAS_WEIGHT": True},
 }
@@ -35,14 +37,17 @@ def cases() -> list[Case]:
     found = [
         Case(op, *place)
         for op in FLAGS
+        if op != "fused_moment"  # no more than its part of fused_both
         for place in places(ROW_OF.get(op, op), ids=op not in WITHOUT_IDS)
     ]
-    for op in ("sweep_triangle", "weights_symmetric"):
+    for op in ("sweep_triangle", "weights_symmetric", "fused_both", "flash"):
         found += [Case(op, "bf16", 128, "sm_90", ids=ids, matching=ids < 2) for ids in (1, 2)]
-    tf32 = (Case(op, "fp32", 128, "sm_90", precision="tf32") for op in ("sweep", "sigmoid_sweep"))
-    ones = (Case(op, "bf16", 1, "sm_90", ones=True) for op in ("fused_query", "fused_both"))
+    tf32 = [Case(op, "fp32", 128, "sm_90", precision="tf32") for op in ("sweep", "sigmoid_sweep")]
+    tf32 += [Case(op, "fp32", 64, "sm_90", precision="tf32") for op in ("fused_both", "flash")]
+    moments = (Case("fused_moment", "bf16", 128, target) for target in TARGETS)
+    ones = (Case(op, "bf16", 1, "sm_90", ones=True) for op in ("fused_both", "flash"))
     rows = (Case(op, "bf16", 128, target) for op in ROW_KERNELS for target in TARGETS)
-    return list(dict.fromkeys((*found, *tf32, *ones, *rows)))
+    return list(dict.fromkeys((*found, *tf32, *moments, *ones, *rows)))
 
 
 def source_of(case: Case) -> tuple[Any, dict[str, int]]:
@@ -56,6 +61,7 @@ def pair_kernel(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
     """The kernel, its constants and its launch options for a case on pairs."""
     from ssl_fast.backends.triton import (
         pair_sigmoid_kernels,
+        pair_softmax_flash_kernels,
         pair_softmax_fused_kernels,
         pair_softmax_kernels,
     )
@@ -68,6 +74,8 @@ def pair_kernel(case: Case) -> tuple[Any, dict[str, Any], dict[str, int]]:
         constants |= {"IDS": case.ids, "MATCHING": case.matching}
     if case.row == "fused":
         kernel = pair_softmax_fused_kernels.products_kernel
+    elif case.row == "flash":
+        kernel = pair_softmax_flash_kernels.expectation_kernel
     elif case.row in ("sweep", "sweep_columns", "sigmoid_sweep"):
         kernel = kernels.sweep_kernel
         constants["RESIDENT"] = case.depth <= constants["BLOCK_DEPTH"]

@@ -16,7 +16,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton")
 
 from tolerances import assert_near
-from triton_checks import arguments
+from triton_checks import IGNORED_ID, arguments, check_expectation, check_loss
 
 from ssl_fast.backends.triton import launch
 from ssl_fast.backends.triton import pair_softmax as triton_backend
@@ -191,20 +191,48 @@ def test_empty(features, shape, products_of, dtype):
         assert torch.equal(x, torch.zeros(size))
 
 
-def test_a_factor_of_the_queries_is_for_their_sums_alone(features):
-    pairs, weights = pairs_and_weights(arguments(features, (5, 7, 3), "none", torch.float32), ROWS)
-    with pytest.raises(ValueError, match="query_factor: only where"):
-        fused_products(pairs, weights, query_factor=torch.ones(5), want_query=True, want_key=True)
+def test_expectation_in_splits(features, dtype, monkeypatch):
+    """More splits than tiles, one of them with no pair that is kept; the same bits each time."""
+    given = arguments(features, (17, 150, 9), "both", dtype)
+    given[5][16:48] = IGNORED_ID
+    monkeypatch.setattr(launch, "TILES_PER_SPLIT", 1)
+    monkeypatch.setattr(launch, "processor_count", lambda _: 7)
+    first, second = (check_expectation(given, dtype) for _ in range(2))
+    for x, again in zip(first, second, strict=True):
+        assert torch.equal(x, again)
+    loss = [given[0], None, features(150, 9, dtype=dtype), torch.tensor(7.0)]
+    check_loss([*loss, None, None, [0], True], dtype)
+
+
+def test_expectation_where_the_maximum_grows(features, dtype):
+    """Each tile's logits are far above those before: what was summed is scaled down to nothing."""
+    query, key = features(1, 8, dtype=dtype), features(48, 8, dtype=dtype)
+    query = query.expand(20, 8)
+    key = key[(query[:1].float() @ key.float().T).argsort()[0]]
+    given = (query, key, torch.ones(20), 100 * torch.ones(48), None, None, [])
+    check_expectation(given, dtype)
+    check_expectation((query, key.flip(0), *given[2:]), dtype)
+
+
+def test_half_expects_keys_of_any_norm(features):
+    query, key = features(30, 12, dtype=torch.float16), features(40, 12)
+    key = (key * torch.logspace(-3, 3, 40)[:, None]).half()
+    given = (query, key, torch.ones(30), 1 / key.float().norm(dim=1), None, None, [])
+    *_, expected = triton_backend.pair_softmax_expectation(*given)
+    unit = given[3].double()[:, None] * key.double()
+    exact = (query.double() @ unit.T).softmax(1) @ unit
+    assert (expected - exact).norm() < 1e-3 * exact.norm()
 
 
 def test_deep_features_go_by_strips(features, monkeypatch):
     """Beyond what one chunk holds."""
-    from ssl_fast.backends.triton import pair_softmax_products
+    from ssl_fast.backends.triton import pair_softmax_losses, pair_softmax_products
 
     def refuse(*_, **__):
         raise NotImplementedError
 
     monkeypatch.setattr(pair_softmax_products, "fused_products", refuse)
+    monkeypatch.setattr(pair_softmax_losses, "expectation", refuse)
     for depth, fused in ((128, True), (129, False)):
         given = [features(4, depth), None, features(4, depth), torch.tensor(2.0)]
         call = (*given, None, None, [0], True, True, False, True)

@@ -161,7 +161,8 @@ def test_what_is_fused_has_a_tile():
     for (kind, name, bucket, architecture), chosen in choice.TABLE.items():
         kinds.add(kind)
         dtype = getattr(torch, name)
-        assert tuning.lookup("fused", dtype, bucket, architecture).block_depth == bucket
+        for op in ("fused", "flash"):
+            assert tuning.lookup(op, dtype, bucket, architecture).block_depth == bucket
         assert chosen.source
         assert chosen.date
         for n, fused in ((16, True), (2**15, chosen.most_pairs >= 2**30)):
@@ -172,7 +173,8 @@ def test_what_is_fused_has_a_tile():
 @pytest.mark.parametrize(
     ("kind", "dtype", "shape", "fused"),
     [
-        ("both_sides", torch.bfloat16, (2**15, 2**15, 128), True),
+        ("both_sides", torch.bfloat16, (2**15, 2**15, 64), True),
+        ("both_sides", torch.bfloat16, (2**15, 2**15, 128), False),
         ("both_sides", torch.bfloat16, (16, 16, 129), False),
         ("both_sides", torch.float32, (2**11, 2**11, 64), True),
         ("both_sides", torch.float32, (2**11, 2**11 + 1, 64), False),

@@ -21,6 +21,7 @@ ROW_OF = {
     "fused_key": "fused",
     "fused_both": "fused",
     "fused_mirror": "fused",
+    "fused_moment": "fused",
     "nearest_plain": "nearest",
     "top_k_most": "top_k",
 }

@@ -64,7 +64,8 @@ def call_for(
     calls = {
         "sweep": (_info_nce, _value),
         "weights": (_info_nce, _with_gradient),
-        "fused": (_info_nce, _with_gradient),
+        "fused": (_nt_xent, _with_gradient),
+        "flash": (_info_nce, _with_gradient),
         "sweep_columns": (_clip, _value),
         "weights_moments": (_clip, _with_gradient),
         "weights_mirror": (_nt_xent, _with_gradient),
@@ -82,7 +83,7 @@ def call_for(
         )
         if name != op:
             ids = torch.arange(sizes.pairs, device=device) // 4
-        if op in ("weights_ids", "fused"):
+        if op in ("weights_ids", "flash"):
             return _with_gradient(_queue(backend, ids, second), first)
         return run(loss(backend, ids), first, second)
     if op == "linear_reconstruction":
@@ -110,10 +111,7 @@ def _info_nce(backend: str, ids: Tensor | None) -> Any:
 
 
 def _queue(backend: str, ids: Tensor | None, queue: Tensor) -> Any:
-    """The one call without moments that may look at ids: its keys get no gradient.
-
-    With one side's sums alone, it is fused at any size where the table has a row for that.
-    """
+    """The one call whose weights leave moments out and look at ids: its keys get no gradient."""
     return lambda query: ssl_fast.info_nce(
         query, queue, queue, TEMPERATURE, normalize=False, query_ids=ids, key_ids=ids,
         backend=backend,

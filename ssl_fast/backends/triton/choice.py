@@ -3,6 +3,8 @@
 Fused, each side's sums cost the logits again, and no weight passes through memory. By strips, both
 sides' products share one making of the weights, which are written once and read twice. So one
 side's sums are always worth fusing where their tile fits registers; both sides' by their size.
+A loss that makes its gradient in the forward pass has one side's alone to make: the queries' come
+from the sweep for the statistics (pair_softmax_flash.py), 4 products in all, as by strips.
 """
 
 import math
@@ -35,34 +37,29 @@ SMALL = Choice(2**24)
 SMALL_IN_FULL_PRECISION = Choice(2**22)
 
 
+def _rows(place: tuple[str, int, str], *choices: Choice) -> Table:
+    """A row for each kind, in their order."""
+    return {(kind, *place): choice for kind, choice in zip(KINDS, choices, strict=True)}
+
+
 def _table() -> Table:
     table: Table = {}
     for dtype in ("bfloat16", "float16"):
+        for architecture in ("sm_80", "sm_90", "sm_100"):
+            # of 32768² pairs with D = 128 on sm_90, in ms, with the sweep before: one softmax's 2.1
+            # to 3.3 fused and 2.0 to 2.5 by strips, of which 1.5 are 6.4 GB of memory that don't
+            # shrink with D as the products' 0.4 each do; both softmaxes' 2.4 to 4.3 and 2.4 to 3.2,
+            # for fused they take each exponential twice
+            table |= _rows((dtype, 64, architecture), EVERY_SIZE, EVERY_SIZE, SMALL)
+            table |= _rows((dtype, 128, architecture), EVERY_SIZE, SMALL, SMALL)
         for bucket in (64, 128):
-            for architecture in ("sm_80", "sm_90", "sm_100"):
-                place = dtype, bucket, architecture
-                # of 32768² pairs with D = 128 on sm_90, in ms: one term 2.1 to 3.3 fused and 2.0 to
-                # 2.5 by strips, whose way through memory does not shrink with D; two terms take
-                # each exponential twice when fused, 2.4 to 4.3 against 2.4 to 3.2
-                table |= {
-                    ("one_side", *place): EVERY_SIZE,
-                    ("both_sides", *place): EVERY_SIZE,
-                    ("both_sides_and_softmaxes", *place): SMALL,
-                }
-            # tiles of 64 by 16, the largest that AMD's card holds without spills: 4 times the
-            # reads on chip of the others
-            table |= {
-                ("one_side", dtype, bucket, "generic"): EVERY_SIZE,
-                ("both_sides", dtype, bucket, "generic"): SMALL,
-                ("both_sides_and_softmaxes", dtype, bucket, "generic"): SMALL,
-            }
-    # deeper, or without tensor cores that take fp32, the output's tile spills
+            # tiles of 64 by 16, the largest that AMD's card holds without spills, read 2 to 4 times
+            # as much on chip as the others
+            table |= _rows((dtype, bucket, "generic"), EVERY_SIZE, SMALL, SMALL)
+    # deeper, or without tensor cores that take fp32, the tiles spill
     for architecture in ("sm_80", "sm_90", "sm_100"):
-        table |= {
-            ("one_side", "float32", 64, architecture): EVERY_SIZE,
-            ("both_sides", "float32", 64, architecture): SMALL_IN_FULL_PRECISION,
-            ("both_sides_and_softmaxes", "float32", 64, architecture): SMALL_IN_FULL_PRECISION,
-        }
+        small = SMALL_IN_FULL_PRECISION
+        table |= _rows(("float32", 64, architecture), EVERY_SIZE, small, small)
     return table
 
 

@@ -2,7 +2,8 @@
 
 The sweep gives the statistics. A gradient is two more products for each side, made where the
 weights are, or three for both: the logits again for the weights, and the weights times K and times
-Q in the library; choice.py says which. What the first diagonal took out of the softmax gets its
+Q in the library; choice.py says which. Where the sweep itself can sum the expected keys, the
+queries' gradient takes one. What the first diagonal took out of the softmax gets its
 gradient in fp32, after the weights were rounded.
 Every result is reproducible, and no value is read on the host.
 """
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ssl_fast.backends.triton.device import launching_on
+from ssl_fast.backends.triton.pair_softmax_flash import expectation, flashes
 from ssl_fast.backends.triton.pair_softmax_losses import (
     pair_softmax_loss,
     pair_softmax_symmetric_loss,
@@ -146,6 +148,12 @@ def pair_softmax_expectation(
         pairs = pairs_of(
             query, key, query_scale, key_scale, query_ids, key_ids, diagonals, matching=matching
         )
+        diagonal_logit = _diagonal_logit(pairs)
+        if flashes(pairs):
+            kept = expectation(pairs)
+            restore = None if kept.restore is None else kept.restore.expand_as(kept.row_lse)
+            expected = as_gradient(kept.sums, restore, kept.row_lse)
+            return kept.row_lse, kept.row_max, diagonal_logit, expected
         found = sweep(pairs, columns=False)
         ones = torch.ones_like(found.row_lse)
         row, row_shift = without_empty(ones, found.row_lse)
@@ -155,9 +163,8 @@ def pair_softmax_expectation(
             query_factor=ones,
             want_query=True,
         )
-        expectation = as_gradient(products.query, products.restore_query, ones)
-        diagonal_logit = _diagonal_logit(pairs)
-    return found.row_lse, found.row_max, diagonal_logit, expectation
+        expected = as_gradient(products.query, products.restore_query, ones)
+    return found.row_lse, found.row_max, diagonal_logit, expected
 
 
 def pair_softmax_symmetric(

@@ -51,21 +51,17 @@ def fused_products(
     pairs: Pairs,
     weights: Weights,
     *,
-    query_factor: Tensor | None = None,  # [N]; None is query_scale
     want_query: bool = False,
     want_key: bool = False,
     row_moment: bool = False,
     column_moment: bool = False,
 ) -> Products:
     """weight_products for depths that one chunk holds."""
-    if query_factor is not None and (want_key or column_moment):
-        raise ValueError("query_factor: only where the queries' sums alone are wanted")
     rows = weights.row_lse, weights.row
     mirrored = weights.sides == pair_softmax_weights.MIRROR
     columns = rows if mirrored else (weights.column_lse, weights.column)
     query_terms, key_terms = TERMS[weights.sides]
-    factor = pairs.query_scale if query_factor is None else query_factor
-    query = _Own(pairs, query_terms, factor, *rows, *columns)
+    query = _Own(pairs, query_terms, pairs.query_scale, *rows, *columns)
     key = _Own(pairs.turned(), key_terms, pairs.key_scale, *columns, *rows)
     query_sums, row_moments = _sums(query, weights.largest, want_query, row_moment)
     key_sums, column_moments = _sums(key, weights.largest, want_key, column_moment)

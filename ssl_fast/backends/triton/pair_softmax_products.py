@@ -30,14 +30,13 @@ def weight_products(
         kind = "one_side"
     (n, depth), m = pairs.query.shape, len(pairs.key)
     architecture = architecture_for(pairs.query, pairs.key)
-    fused = is_fused(kind, pairs.query.dtype, (n, m, depth), architecture)
-    products = fused_products if fused else products_in_strips
-    return products(
-        pairs,
-        weights,
-        query_factor=query_factor,
-        want_query=want_query,
-        want_key=want_key,
-        row_moment=row_moment,
-        column_moment=column_moment,
-    )
+    wanted = {
+        "want_query": want_query,
+        "want_key": want_key,
+        "row_moment": row_moment,
+        "column_moment": column_moment,
+    }
+    # another factor than the scale comes with expected keys alone, which pair_softmax_flash fuses
+    if query_factor is None and is_fused(kind, pairs.query.dtype, (n, m, depth), architecture):
+        return fused_products(pairs, weights, **wanted)
+    return products_in_strips(pairs, weights, query_factor=query_factor, **wanted)
