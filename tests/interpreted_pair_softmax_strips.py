@@ -23,7 +23,6 @@ from interpreted_pair_softmax_limits import (  # noqa: F401
     test_ids,
     test_large_scale,
     test_nothing_outside_is_read_or_changed,
-    test_same_bits_again,
     test_small_loss_keeps_its_gradient,
 )
 

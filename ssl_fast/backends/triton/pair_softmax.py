@@ -150,10 +150,10 @@ def pair_softmax_expectation(
         )
         diagonal_logit = _diagonal_logit(pairs)
         if flashes(pairs):
-            kept = expectation(pairs)
-            restore = None if kept.restore is None else kept.restore.expand_as(kept.row_lse)
-            expected = as_gradient(kept.sums, restore, kept.row_lse)
-            return kept.row_lse, kept.row_max, diagonal_logit, expected
+            swept = expectation(pairs)
+            restore = None if swept.restore is None else swept.restore.expand_as(swept.row_lse)
+            expected = as_gradient(swept.sums, restore, swept.row_lse)
+            return swept.row_lse, swept.row_max, diagonal_logit, expected
         found = sweep(pairs, columns=False)
         ones = torch.ones_like(found.row_lse)
         row, row_shift = without_empty(ones, found.row_lse)

@@ -9,7 +9,7 @@ tile's keys where they are made.
 import triton
 import triton.language as tl
 
-from ssl_fast.backends.triton.pair_softmax_fused_kernels import LIFT, without_excluded
+from ssl_fast.backends.triton.pair_softmax_fused_kernels import LIFT, LOWER, without_excluded
 from ssl_fast.backends.triton.pair_softmax_kernels import finite_or_zero, log_sum_exp
 from ssl_fast.backends.triton.tiles import LOG2_E, key_tiles, load_chunk, multiply
 
@@ -98,7 +98,7 @@ def expectation_kernel(
     # where nothing is kept the product is 0
     product = product / tl.where(total == 0.0, 1.0, total)[:, None]
     if key.dtype.element_ty == tl.float16:
-        total *= 2.0**-LIFT
+        total *= LOWER
     # a NaN logit reaches the total but not the maximum, whose comparison drops it
     maximum = tl.where(total >= 0.0, maximum, total)
     tl.store(lse_parts + place, log_sum_exp(maximum, total), mask=inside)

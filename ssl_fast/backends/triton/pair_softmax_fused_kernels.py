@@ -26,6 +26,7 @@ BOTH = tl.constexpr(3)
 MIRROR = tl.constexpr(4)
 # fp16 weights of at most 1 are rounded 2^14 times as large: 6e-5 is the smallest normal number.
 LIFT = tl.constexpr(14)
+LOWER = tl.constexpr(2.0**-14)
 
 
 @triton.jit
@@ -155,7 +156,7 @@ def products_kernel(
         row_shift = tl.load(own_lse + safe_rows) * LOG2_E
         if TERMS == OWN and other.dtype.element_ty == tl.float16:
             row_shift -= LIFT
-            row_weight *= 2.0**-LIFT
+            row_weight *= LOWER
 
     product = tl.zeros([BLOCK_ROWS, BLOCK_DEPTH], dtype=tl.float32)
     moment = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
