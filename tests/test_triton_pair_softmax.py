@@ -14,7 +14,7 @@ from tolerances import assert_near
 
 import ssl_fast
 from ssl_fast.backends import dispatch, triton
-from ssl_fast.backends.triton import tuning
+from ssl_fast.backends.triton import choice, tuning
 
 HERE = Path(__file__).parent
 SIZES = (64, 64, 16)
@@ -154,3 +154,38 @@ def test_rows_are_found_by_depth_and_frozen():
 )  # fmt: skip
 def test_architectures(capability, name):
     assert tuning.architecture_of(capability) == name
+
+
+def test_what_is_fused_has_a_tile():
+    kinds = set()
+    for (kind, name, bucket, architecture), chosen in choice.TABLE.items():
+        kinds.add(kind)
+        dtype = getattr(torch, name)
+        for op in ("fused", "flash"):
+            assert tuning.lookup(op, dtype, bucket, architecture).block_depth == bucket
+        assert chosen.source
+        assert chosen.date
+        for n, fused in ((16, True), (2**15, chosen.most_pairs >= 2**30)):
+            assert choice.is_fused(kind, dtype, (n, n, bucket - 1), architecture) is fused
+    assert kinds == set(choice.KINDS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "shape", "fused"),
+    [
+        ("both_sides", torch.bfloat16, (2**15, 2**15, 64), True),
+        ("both_sides", torch.bfloat16, (2**15, 2**15, 128), False),
+        ("both_sides", torch.bfloat16, (16, 16, 129), False),
+        ("both_sides", torch.float32, (2**11, 2**11, 64), True),
+        ("both_sides", torch.float32, (2**11, 2**11 + 1, 64), False),
+        ("both_sides_and_softmaxes", torch.bfloat16, (2**12, 2**12, 128), True),
+        ("both_sides_and_softmaxes", torch.bfloat16, (2**15, 2**15, 128), False),
+        ("one_side", torch.float16, (2**15, 2**20, 64), True),
+        ("one_side", torch.float32, (16, 16, 65), False),
+    ],
+    ids=str,
+)
+def test_what_is_fused(kind, dtype, shape, fused):
+    assert choice.is_fused(kind, dtype, shape, "sm_90") is fused
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        choice.EVERY_SIZE.most_pairs = 1

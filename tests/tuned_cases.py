@@ -17,6 +17,11 @@ DEEP = 512
 ROW_OF = {
     "sweep_triangle": "sweep_columns",
     "weights_expectation": "weights",
+    "fused_query": "fused",
+    "fused_key": "fused",
+    "fused_both": "fused",
+    "fused_mirror": "fused",
+    "fused_moment": "fused",
     "nearest_plain": "nearest",
     "top_k_most": "top_k",
 }

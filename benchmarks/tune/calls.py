@@ -64,6 +64,8 @@ def call_for(
     calls = {
         "sweep": (_info_nce, _value),
         "weights": (_info_nce, _with_gradient),
+        "fused": (_nt_xent, _with_gradient),
+        "flash": (_info_nce, _with_gradient),
         "sweep_columns": (_clip, _value),
         "weights_moments": (_clip, _with_gradient),
         "weights_mirror": (_nt_xent, _with_gradient),
@@ -81,7 +83,7 @@ def call_for(
         )
         if name != op:
             ids = torch.arange(sizes.pairs, device=device) // 4
-        if op == "weights_ids":
+        if op in ("weights_ids", "flash"):
             return _with_gradient(_queue(backend, ids, second), first)
         return run(loss(backend, ids), first, second)
     if op == "linear_reconstruction":

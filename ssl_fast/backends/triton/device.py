@@ -27,16 +27,22 @@ def _properties(device: torch.device) -> tuple[str, int]:
     return tuning.architecture_of(capability), processors
 
 
-def config_for(op: str, *features: Tensor, ids: bool = False) -> tuning.Config:
-    """The tuning table's row for a product of these features on their device, with ids or not."""
+def architecture_for(*features: Tensor) -> str:
+    """The tables' name for the device of these features, "interpreter" where that is the CPU."""
     architecture, _ = _properties(features[0].device)
-    if architecture == "interpreter":
-        return tuning.INTERPRETER
     # Rows that the compiler can't see to be aligned pass through registers, element by element, on
     # their way to shared memory: large tiles would spill.
     numbers = [n for x in features for n in (x.shape[1], x.stride(0), x.data_ptr())]
-    if any(number % 16 for number in numbers):
-        architecture = "generic"
+    if architecture != "interpreter" and any(number % 16 for number in numbers):
+        return "generic"
+    return architecture
+
+
+def config_for(op: str, *features: Tensor, ids: bool = False) -> tuning.Config:
+    """The tuning table's row for a product of these features on their device, with ids or not."""
+    architecture = architecture_for(*features)
+    if architecture == "interpreter":
+        return tuning.INTERPRETER
     return tuning.lookup(op, features[0].dtype, features[0].shape[1], architecture, ids=ids)
 
 

@@ -1,8 +1,10 @@
-"""pair_softmax on Triton: statistics of the logits and their gradients, around two kernels.
+"""pair_softmax on Triton: statistics of the logits and their gradients, each from a sweep.
 
-The sweep gives the statistics; a gradient is three more products (two where S is symmetric): the
-logits again for the weights, and the weights times K and times Q in the library. What the first
-diagonal took out of the softmax gets its gradient in fp32, after the weights were rounded.
+The sweep gives the statistics. A gradient is two more products for each side, made where the
+weights are, or three for both: the logits again for the weights, and the weights times K and times
+Q in the library; choice.py says which. Where the sweep itself can sum the expected keys, the
+queries' gradient takes one. What the first diagonal took out of the softmax gets its
+gradient in fp32, after the weights were rounded.
 Every result is reproducible, and no value is read on the host.
 """
 
@@ -11,18 +13,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from ssl_fast.backends.triton.device import launching_on
+from ssl_fast.backends.triton.pair_softmax_flash import expectation, flashes
 from ssl_fast.backends.triton.pair_softmax_losses import (
     pair_softmax_loss,
     pair_softmax_symmetric_loss,
 )
-from ssl_fast.backends.triton.pair_softmax_strips import (
-    BOTH,
-    ROWS,
-    Weights,
-    weight_products,
-    without_empty,
-)
+from ssl_fast.backends.triton.pair_softmax_products import weight_products
 from ssl_fast.backends.triton.pair_softmax_sweep import Pairs, pairs_of, sweep
+from ssl_fast.backends.triton.pair_softmax_weights import BOTH, ROWS, Weights, without_empty
 from ssl_fast.backends.triton.rows import finish_rows, row_dots
 from ssl_fast.backends.triton.strips import as_gradient, largest
 
@@ -150,6 +148,12 @@ def pair_softmax_expectation(
         pairs = pairs_of(
             query, key, query_scale, key_scale, query_ids, key_ids, diagonals, matching=matching
         )
+        diagonal_logit = _diagonal_logit(pairs)
+        if flashes(pairs):
+            swept = expectation(pairs)
+            restore = None if swept.restore is None else swept.restore.expand_as(swept.row_lse)
+            expected = as_gradient(swept.sums, restore, swept.row_lse)
+            return swept.row_lse, swept.row_max, diagonal_logit, expected
         found = sweep(pairs, columns=False)
         ones = torch.ones_like(found.row_lse)
         row, row_shift = without_empty(ones, found.row_lse)
@@ -159,9 +163,8 @@ def pair_softmax_expectation(
             query_factor=ones,
             want_query=True,
         )
-        expectation = as_gradient(products.query, products.restore_query, ones)
-        diagonal_logit = _diagonal_logit(pairs)
-    return found.row_lse, found.row_max, diagonal_logit, expectation
+        expected = as_gradient(products.query, products.restore_query, ones)
+    return found.row_lse, found.row_max, diagonal_logit, expected
 
 
 def pair_softmax_symmetric(

@@ -28,22 +28,23 @@ MIRROR = tl.constexpr(3)
 
 
 @triton.jit
-def _finite_or_zero(maximum):
+def finite_or_zero(maximum):
     """A maximum that can be subtracted: inf - inf would turn an infinite sum into NaN."""
     return tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum)
 
 
 @triton.jit
-def _log_sum_exp(maximum, total):
-    return tl.where(total == 0.0, -float("inf"), _finite_or_zero(maximum) + tl.log(total))
+def log_sum_exp(maximum, total):
+    """From a maximum and the sum of exponentials beside it; -inf of no terms."""
+    return tl.where(total == 0.0, -float("inf"), finite_or_zero(maximum) + tl.log(total))
 
 
 @triton.jit
 def _store_columns(logits, lse_places, max_places, inside):
     maximum = tl.max(logits, 0)
-    shift = _finite_or_zero(maximum) * LOG2_E
+    shift = finite_or_zero(maximum) * LOG2_E
     total = tl.sum(tl.exp2(logits * LOG2_E - shift[None, :]), 0)
-    tl.store(lse_places, _log_sum_exp(maximum, total), mask=inside)
+    tl.store(lse_places, log_sum_exp(maximum, total), mask=inside)
     tl.store(max_places, maximum, mask=inside)
 
 
@@ -137,7 +138,7 @@ def sweep_kernel(
             logits = tl.where(kept, logits, -float("inf"))
 
         new_maximum = tl.maximum(maximum, tl.max(logits, 1))
-        shift = _finite_or_zero(new_maximum)
+        shift = finite_or_zero(new_maximum)
         carried = tl.exp2((maximum - shift) * LOG2_E)
         terms = tl.exp2(logits * LOG2_E - (shift * LOG2_E)[:, None])
         total = total * carried + tl.sum(terms, 1)
@@ -150,7 +151,7 @@ def sweep_kernel(
     place = split.to(tl.int64) * n_queries + rows
     # a NaN logit reaches the total but not the maximum, whose comparison drops it
     maximum = tl.where(total >= 0.0, maximum, total)
-    tl.store(row_lse + place, _log_sum_exp(maximum, total), mask=rows < row_end)
+    tl.store(row_lse + place, log_sum_exp(maximum, total), mask=rows < row_end)
     tl.store(row_max + place, maximum, mask=rows < row_end)
 
 

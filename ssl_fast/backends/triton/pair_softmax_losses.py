@@ -11,14 +11,10 @@ from torch.nn import functional
 
 from ssl_fast.backends.triton.device import launching_on
 from ssl_fast.backends.triton.launch import rows_of
-from ssl_fast.backends.triton.pair_softmax_strips import (
-    MIRROR,
-    ROWS,
-    Weights,
-    weight_products,
-    without_empty,
-)
+from ssl_fast.backends.triton.pair_softmax_flash import Expectation, expectation, flashes
+from ssl_fast.backends.triton.pair_softmax_products import weight_products
 from ssl_fast.backends.triton.pair_softmax_sweep import pairs_of, sweep
+from ssl_fast.backends.triton.pair_softmax_weights import MIRROR, ROWS, Weights, without_empty
 from ssl_fast.backends.triton.rows import finish_rows, inverse_norms, row_dots
 
 
@@ -53,7 +49,9 @@ def pair_softmax_loss(
             paired, inverse_paired = rows_of(positive), inverse_norms(positive, normalize)
         alignment = inverse_query * inverse_paired
         similarity = alignment * row_dots(pairs.query, paired)
-        found = sweep(pairs, columns=False)
+        # the queries' gradient is their expected keys times what the statistics give afterwards
+        flash = need_query and flashes(pairs)
+        found = expectation(pairs) if flash else sweep(pairs, columns=False)
         positive_logit = pairs.scale * similarity
         loss = functional.softplus(found.row_lse - positive_logit)
         coefficient = torch.sigmoid(found.row_lse - positive_logit)
@@ -65,15 +63,19 @@ def pair_softmax_loss(
             products = weight_products(
                 pairs,
                 Weights(ROWS, row_shift, row),
-                want_query=need_query,
+                want_query=need_query and not flash,
                 want_key=need_key,
                 row_moment=not need_query,
             )
+            sums, restore = products.query, products.restore_query
+            if isinstance(found, Expectation):
+                sums, restore = found.sums, row * inverse_query
+                restore = restore if found.restore is None else restore * found.restore
             pull = -coefficient * alignment
             if need_query:
                 grad_query, grad_scale = finish_rows(
                     pairs.query, inverse_query, pairs.scale, normalize,
-                    products.query, products.restore_query, paired, pull,
+                    sums, restore, paired, pull,
                 )  # fmt: skip
             else:
                 grad_scale = inverse_query * products.row_sums[0] - coefficient * similarity

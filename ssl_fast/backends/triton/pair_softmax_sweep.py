@@ -38,6 +38,13 @@ class Pairs(Sides):
             return 0
         return self.query_ids.dim()
 
+    def turned(self) -> "Pairs":
+        """The same pairs, the keys for queries and the queries for keys."""
+        return Pairs(
+            self.key, self.query, self.key_scale, self.query_scale, self.scale,
+            self.key_ids, self.query_ids, [-diagonal for diagonal in self.diagonals], self.matching,
+        )  # fmt: skip
+
     def rules(self) -> dict[str, Any]:
         """The kernels' arguments for the exclusions."""
         n, m = len(self.query), len(self.key)

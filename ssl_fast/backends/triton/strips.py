@@ -36,7 +36,7 @@ class Products:
 
 
 @dataclass(frozen=True)
-class _Operand:
+class Operand:
     """One side's features as a product takes them: factor_i x_i = mantissa_i rows_i / shift.
 
     bf16 and fp32 weights have the range to carry factor_i, and the features go in as they are.
@@ -50,29 +50,29 @@ class _Operand:
     shift: Tensor | None  # []; None is 1
 
 
-def _operand(features: Tensor, factor: Tensor, *, multiplied: bool) -> _Operand:
+def operand(features: Tensor, factor: Tensor, *, multiplied: bool) -> Operand:
     """The operand; the copy of fp16 features is made where they are multiplied by weights."""
     if features.dtype != torch.float16:
-        return _Operand(features, factor, None, None)
+        return Operand(features, factor, None, None)
     mantissa, exponent = torch.frexp(factor)
     power = torch.ldexp(torch.ones_like(factor), exponent)
     if not multiplied:
-        return _Operand(features, mantissa, power, None)
+        return Operand(features, mantissa, power, None)
     sizes = torch.linalg.vector_norm(features, torch.inf, dim=1, dtype=torch.float32)
     _, top = torch.frexp((sizes * power).amax())
     shift = torch.ldexp(power.new_ones(()), (HALF_TOP - top).clamp(-100, 100))
     scaled = torch.empty_like(features, memory_format=torch.contiguous_format)
     torch.mul(features, (power * shift)[:, None], out=scaled)
-    return _Operand(scaled, mantissa, power, shift)
+    return Operand(scaled, mantissa, power, shift)
 
 
-def _amplifier(bound: Tensor) -> Tensor:
+def amplifier_of(bound: Tensor) -> Tensor:
     """The power of two that brings fp16 weights to the upper end of their range."""
     _, top = torch.frexp(bound)
     return torch.ldexp(torch.ones_like(bound), (HALF_TOP - top).clamp(-100, 100))
 
 
-def _restore(own: _Operand, other: _Operand, amplifier: Tensor | None) -> Tensor | None:
+def _restore(own: Operand, other: Operand, amplifier: Tensor | None) -> Tensor | None:
     if own.power is None or other.shift is None or amplifier is None:
         return None
     return own.power / (other.shift * amplifier)
@@ -121,18 +121,18 @@ def strip_products(
     The kernel takes its own arguments and a strip's, and leaves each tile's row_sums sums over
     columns in row_parts [row_sums, column tiles, height] and column_sums over rows in column_parts.
     Both sides' factors are multiplied into the weights in fp32, before their one rounding, so no
-    scaled copy of the features is made (but see _Operand for fp16).
+    scaled copy of the features is made (but see Operand for fp16).
     """
     n, m, depth = len(sides.query), len(sides.key), sides.query.shape[1]
     zeros, empty = sides.query_scale.new_zeros, sides.query_scale.new_empty
     sums = empty if n and m else zeros
     factor = sides.query_scale if query_factor is None else query_factor
-    left = right = _Operand(sides.query, factor, None, None)
+    left = right = Operand(sides.query, factor, None, None)
     amplifier = None
     if n and m:
-        left = _operand(sides.query, factor, multiplied=want_key)
-        right = _operand(sides.key, sides.key_scale, multiplied=want_query)
-        amplifier = None if left.power is None else _amplifier(bound)
+        left = operand(sides.query, factor, multiplied=want_key)
+        right = operand(sides.key, sides.key_scale, multiplied=want_query)
+        amplifier = None if left.power is None else amplifier_of(bound)
     products = Products(
         sums(n, depth) if want_query else None,
         sums(m, depth) if want_key else None,

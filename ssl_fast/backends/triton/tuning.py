@@ -143,6 +143,30 @@ def _more_sixteen_bit(dtype: str) -> Table:
     }
 
 
+def _fused(dtype: str) -> Table:
+    """Rows for the fused gradient and the flash sweep, whose output is as wide as the depth."""
+    # at 128 columns sm_90 spills 48 bytes with ids, sm_100 200 to 840; sm_80 824 at 64 by 128 deep
+    return {
+        ("fused", dtype, 64, "sm_80"): _newest(128, 64, 64, 8, 3),
+        ("fused", dtype, 128, "sm_80"): _newest(128, 32, 128, 8, 3),
+        ("fused", dtype, 64, "sm_90"): _newest(128, 64, 64, 8, 3),
+        ("fused", dtype, 128, "sm_90"): _newest(128, 64, 128, 8, 3),
+        ("fused", dtype, 64, "sm_100"): _newest(128, 64, 64, 8, 3),
+        ("fused", dtype, 128, "sm_100"): _newest(128, 64, 128, 8, 3),
+        # 32 columns take 300 registers and more on AMD's card, 8 warps spill
+        ("fused", dtype, 64, "generic"): _newest(64, 16, 64, 4, 2),
+        ("fused", dtype, 128, "generic"): _newest(64, 16, 128, 4, 2),
+        ("flash", dtype, 64, "sm_80"): _newest(128, 64, 64, 8, 3),
+        ("flash", dtype, 128, "sm_80"): _newest(128, 32, 128, 8, 3),
+        ("flash", dtype, 64, "sm_90"): _newest(128, 128, 64, 8, 3),
+        ("flash", dtype, 128, "sm_90"): _newest(128, 64, 128, 8, 3),
+        ("flash", dtype, 64, "sm_100"): _newest(128, 64, 64, 8, 3),
+        ("flash", dtype, 128, "sm_100"): _newest(128, 64, 128, 8, 3),
+        ("flash", dtype, 64, "generic"): _newest(64, 16, 64, 4, 2),
+        ("flash", dtype, 128, "generic"): _newest(64, 16, 128, 4, 2),
+    }
+
+
 def _searches(dtype: str) -> Table:
     """Rows for the nearest centroid and the nearest neighbours, which keep 64-bit keys."""
     table: Table = {}
@@ -173,12 +197,17 @@ def _full_precision() -> Table:
             rows = 64 if op == "top_k" else 128
             table[op, "float32", ANY_DEPTH, architecture] = config(rows, 64, 32, 8, 3)
         table[op, "float32", ANY_DEPTH, "generic"] = config(64, 64, 32, 8, 2)
+    # choice.py fuses no deeper and on no other card
+    for op in ("fused", "flash"):
+        table[op, "float32", 64, "sm_80"] = _newest(32, 32, 64, 4, 2)
+        table[op, "float32", 64, "sm_90"] = _newest(64, 64, 64, 8, 2)
+        table[op, "float32", 64, "sm_100"] = _newest(64, 64, 64, 8, 2)
     return table
 
 
 TABLE: Table = _full_precision()
 for _dtype in ("bfloat16", "float16"):
-    TABLE |= _sixteen_bit(_dtype) | _more_sixteen_bit(_dtype) | _searches(_dtype)
+    TABLE |= _sixteen_bit(_dtype) | _more_sixteen_bit(_dtype) | _fused(_dtype) | _searches(_dtype)
 
 MEASURED = Path(__file__).with_name("measured.json")
 _KEY = ("op", "dtype", "depth", "architecture")
