@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ssl_fast.backends.reference.sums import ordered_sum
 from ssl_fast.cluster import batched_kmeans, kmeans_assign
 from ssl_fast.cluster.init import INITS
 from ssl_fast.cluster.plus_plus import draw, trials
-from ssl_fast.cluster.rows import ordered_sum
 
 POLICIES = ("relocate", "keep", "split")
 

@@ -131,8 +131,8 @@ def batched_kmeans(
     lead, (n, depth) = tuple(x.shape[:-2]), x.shape[-2:]
     if n_clusters > n:
         raise ValueError(f"n_clusters must be at most the number of rows, {n}; got {n_clusters}")
-    weight = accept_weight("sample_weight", sample_weight, x)
     counted = accept_lengths(lengths, x, n_clusters)
+    weight = accept_weight("sample_weight", sample_weight, x, counted)
     start = accept_init(init, lead, (n_clusters, depth), x)
     flat = flattened(rows)
     with torch.no_grad():

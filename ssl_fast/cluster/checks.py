@@ -126,8 +126,13 @@ def check_finite(name: str, value: Tensor, lengths: Tensor | None = None) -> Non
         raise ValueError(f"{name} must be finite; it contains NaN or infinity")
 
 
-def accept_weight(name: str, weight: Any, x: Tensor) -> Tensor | None:
-    """Weights of the rows of x [..., N, D] as a wide [B, N], or TypeError, ValueError.
+def accept_weight(
+    name: str,
+    weight: Any,
+    x: Tensor,  # [..., N, D]
+    lengths: Tensor | None = None,  # [B]
+) -> Tensor | None:
+    """Weights of the rows of x as a wide [B, N], 0 for padding, or TypeError, ValueError.
 
     The values of a CPU tensor are checked: none negative, NaN or infinite.
     """
@@ -144,6 +149,9 @@ def accept_weight(name: str, weight: Any, x: Tensor) -> Tensor | None:
             f"got shape {tuple(weight.shape)}"
         )
     wide = flattened(weight.detach().to(accumulation_dtype(x)), 1)
+    if lengths is not None:
+        places = torch.arange(wide.shape[1], device=x.device)
+        wide = wide.masked_fill(places >= lengths[:, None], 0.0)
     if wide.device.type == "cpu" and wide.numel():
         lowest, highest = (float(value) for value in wide.aminmax())
         if not (lowest >= 0.0 and highest < float("inf")):

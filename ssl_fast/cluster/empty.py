@@ -64,6 +64,17 @@ def farthest(
     )
 
 
+def _rounding(far: Farthest, index: int, rows: Tensor) -> float:
+    """The squared distance that the mean of so many equal rows can have from them.
+
+    Of float64 alone: the sums are float64, and the mean of narrower rows is rounded to the row.
+    """
+    if far.distances.dtype is not torch.float64:
+        return 0.0
+    relative = torch.finfo(torch.float64).eps * max(float(rows), 8.0)
+    return relative**2 * float(far.rows[index].square().sum())
+
+
 def relocate(
     sums: Tensor,  # [K, D]
     counts: Tensor,  # [K]
@@ -76,10 +87,10 @@ def relocate(
     empty = (counts == 0.0).nonzero()[:, 0]
     number = min(len(empty), len(far.distances))
     for index in range(number):
-        # Rows that stand on their centroid would only exchange clusters.
-        if not float(far.distances[index]) > 0.0:
-            break
         old, new, weight = far.labels[index], empty[index], far.weights[index]
+        # Rows that stand on their centroid would only exchange clusters.
+        if not float(far.distances[index]) > _rounding(far, index, counts[old] / weight):
+            break
         moved = far.rows[index] * weight
         sums[old] -= moved
         sums[new] = moved

@@ -166,7 +166,7 @@ class Base(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
                 f"Found array with 0 {what}(s) (shape={tuple(X.shape)}) while a minimum of 1 is "
                 f"required by {name}."
             )
-        x = X.detach()
+        x = X.detach().resolve_neg()
         if x.device.type == "cpu" and not all_finite(x[None]):
             if bool(x.isnan().any()):
                 raise ValueError(
@@ -286,17 +286,19 @@ class Base(ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, Base
         given = None if weight is None else weight[None]
         return Problem.of(x[None], self.metric, given, None, self.backend)
 
-    def _centers_for(self, rows: Rows) -> Tensor:
-        """The fitted centers in the dtype and on the device of the data."""
+    def _beside_centers(self, rows: Rows) -> tuple[Rows, Tensor]:
+        """The data and the fitted centers on its device, in the wider of both dtypes."""
         centers = self.cluster_centers_
         if not isinstance(centers, Tensor):
             centers = as_tensor(centers)
-        return centers.to(device=rows.x.device, dtype=rows.x.dtype)
+        dtype = torch.promote_types(rows.x.dtype, centers.dtype)
+        wide = rows._replace(x=rows.x.to(dtype))
+        return wide, centers.to(device=rows.x.device, dtype=dtype)
 
     def _fitted(self, X: Any) -> tuple[Rows, Tensor]:
         check_is_fitted(self)
         rows, _ = self._read(X, fresh=False)
-        return rows, self._centers_for(rows)
+        return self._beside_centers(rows)
 
     def predict(self, X: Any) -> Any:
         """The index of the closest center for each row, [N]; ties go to the lowest."""

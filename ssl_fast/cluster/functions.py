@@ -254,6 +254,7 @@ def kmeans_update(
             raise ValueError(
                 f"previous must have n_clusters={n_clusters} rows; got {describe(previous)}"
             )
+        check_finite("previous", flattened(previous.detach()))
     with torch.no_grad():
         rows = flattened(x.detach())
         problem = Problem.of(rows, metric, weight, None, backend)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ssl_fast.cluster.checks import check_choice, describe
+from ssl_fast.cluster.checks import check_choice, check_finite, describe
 from ssl_fast.cluster.plus_plus import draw, plus_plus
 from ssl_fast.cluster.problem import Problem
-from ssl_fast.cluster.rows import all_finite, flattened, select
+from ssl_fast.cluster.rows import flattened, select
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,15 +28,9 @@ def accept_init(init: Any, lead: tuple[int, ...], shape: tuple[int, int], x: Ten
         if isinstance(init, str):
             check_choice("init", init, INITS)
         return init
-    if not isinstance(init, Tensor):
-        try:
-            init = torch.as_tensor(init)
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(
-                f"init must be one of {', '.join(map(repr, INITS))}, centroids or a callable; "
-                f"got {describe(init)}"
-            ) from None
-        init = init.to(x.device)
+    names = ", ".join(map(repr, INITS))
+    made = _as_centroids(init, f"init must be one of {names}, a callable or centroids")
+    init = made if isinstance(init, Tensor) else made.to(x.device)
     if init.device != x.device:
         raise ValueError(f"init must be on the device of x, {x.device}; got {init.device}")
     if tuple(init.shape) not in {shape, (*lead, *shape)}:
@@ -46,9 +40,19 @@ def accept_init(init: Any, lead: tuple[int, ...], shape: tuple[int, int], x: Ten
         )
     centroids: Tensor = init.detach().to(x.dtype).expand(*lead, *shape)
     centroids = flattened(centroids)
-    if centroids.device.type == "cpu" and not all_finite(centroids):
-        raise ValueError("init must be finite; it contains NaN or infinity")
+    check_finite("init", centroids)
     return centroids
+
+
+def _as_centroids(given: Any, expected: str) -> Tensor:
+    """A tensor of real numbers, or TypeError."""
+    try:
+        made = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        made = None
+    if made is None or made.is_complex():
+        raise TypeError(f"{expected} of real numbers; got {describe(given)}")
+    return made
 
 
 def _random(problem: Problem, n_clusters: int, generator: torch.Generator | None) -> Tensor:
@@ -119,11 +123,12 @@ def seed(
     if init == "k-means||":
         return _parallel(problem, n_clusters, generator)
     made = init(x, n_clusters, generator=generator)  # type: ignore[operator]
-    if not isinstance(made, Tensor):
-        made = torch.as_tensor(made)
+    made = _as_centroids(made, "init must return centroids")
     if tuple(made.shape) not in {shape, shape[1:]}:
         raise ValueError(
             f"init must return centroids of shape {shape}, or {shape[1:]} for all problems; "
             f"got {tuple(made.shape)}"
         )
-    return made.to(device=x.device, dtype=x.dtype).expand(shape).contiguous()
+    made = made.to(device=x.device, dtype=x.dtype).expand(shape).contiguous()
+    check_finite("what init returns", made)
+    return made

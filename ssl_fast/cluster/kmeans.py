@@ -132,14 +132,7 @@ class KMeans(Base):
         best = self._best(rows, centered, weight, init, (starts, random_state, variance))
         result = _given_back(self._problem(centered.x, weight), best, centered.mean)
         labels = result.labels[0]
-        distinct = int((torch.bincount(labels, minlength=self.n_clusters) > 0).sum())
-        if distinct < self.n_clusters:
-            warnings.warn(
-                f"Number of distinct clusters ({distinct}) found smaller than n_clusters "
-                f"({self.n_clusters}). Possibly due to duplicate points in X.",
-                ConvergenceWarning,
-                stacklevel=2,
-            )
+        self._warn_of_few(labels)
         self._learn(
             **learned,
             cluster_centers_=rows.give(result.centroids[0]),
@@ -148,6 +141,17 @@ class KMeans(Base):
             n_iter_=int(result.n_iter),
         )
         return self
+
+    def _warn_of_few(self, labels: Tensor) -> None:
+        """As scikit-learn warns where clusters are without rows."""
+        distinct = int((torch.bincount(labels, minlength=self.n_clusters) > 0).sum())
+        if distinct < self.n_clusters:
+            warnings.warn(
+                f"Number of distinct clusters ({distinct}) found smaller than n_clusters "
+                f"({self.n_clusters}). Possibly due to duplicate points in X.",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
 
     def _best(
         self,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ssl_fast.backends.reference.pairs import accumulation_dtype
+from ssl_fast.backends.reference.sums import row_squares
 from ssl_fast.cluster.empty import farthest, relocate, split
 from ssl_fast.cluster.problem import Problem, means
 from ssl_fast.cluster.rows import parts
@@ -84,18 +85,15 @@ def shift_of(
     new: Tensor,  # [B, K, D]
     old: Tensor,  # [B, K, D]
 ) -> tuple[Tensor, Tensor]:
-    """The squared way of all centroids of a problem, float64 [B], and whether any moved at all.
-
-    Ways below 1e-162 have no square.
-    """
+    """The squared way of all centroids of a problem, float64 [B], and whether any moved at all."""
     wide = accumulation_dtype(new)
     ways = new.new_empty(new.shape[:2], dtype=torch.float64)
     largest = new.new_empty(new.shape[:2], dtype=wide)
     for problems, part in parts(*new.shape):
         moved = new[problems, part].to(wide) - old[problems, part].to(wide)
-        ways[problems, part] = torch.linalg.vector_norm(moved, dim=2, dtype=torch.float64)
+        ways[problems, part] = row_squares(moved)
         largest[problems, part] = moved.abs_().amax(2)
-    return ways.square_().sum(1), (largest != 0.0).any(1)
+    return ways.sum(1), (largest != 0.0).any(1)
 
 
 def _keep(active: Tensor, new: Tensor, old: Tensor | None) -> Tensor:
@@ -125,6 +123,7 @@ def run(
     moved, n_iter = torch.zeros_like(active), torch.zeros_like(full)
     labels: Tensor | None = None
     counts: Tensor | None = None
+    inertia: Tensor | None = None
     everywhere = True
     watched = rules.callback is not None
     for iteration in range(1, rules.max_iter + 1):
@@ -142,7 +141,8 @@ def run(
         centroids = new if everywhere else torch.where(active[:, None, None], new, centroids)
         n_iter = n_iter + active
         if rules.callback is not None:
-            rules.callback(Iteration(iteration, problem.total(distances), shift, centroids))
+            inertia = _keep(active, problem.total(distances), inertia)
+            rules.callback(Iteration(iteration, inertia.clone(), shift.clone(), centroids.clone()))
         # Else they would still be there when the next ones are made.
         del distances, weights, filled, new
         active = active & (shift > rules.threshold)

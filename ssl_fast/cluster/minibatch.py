@@ -92,6 +92,8 @@ class _State:
         most = int(0.5 * len(x))
         if int(chosen.sum()) > most:
             chosen[counts.argsort(stable=True)[most:]] = False
+        if bool(chosen.all()):
+            chosen[counts.argmax()] = False  # a ratio above 1 spares none
         number = int(chosen.sum())
         if number == 0:
             return
@@ -325,9 +327,8 @@ class MiniBatchKMeans(Base):
         else:
             kept, batch = self._counts, self._batch_size
             kept = kept if isinstance(kept, Tensor) else as_tensor(kept)
-            state = _State(
-                self, self._centers_for(rows), kept.to(device), self._n_since_last_reassign
-            )
+            rows, centers = self._beside_centers(rows)
+            state = _State(self, centers, kept.to(device), self._n_since_last_reassign)
         state.step(rows.x, weight, batch, random_state)
         found = {
             **learned,

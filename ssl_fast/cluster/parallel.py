@@ -170,7 +170,8 @@ def distributed_kmeans(
                 f"n_clusters must be at most the number of all rows, {int(rows)}; got {n_clusters}"
             )
         if isinstance(start, Tensor):
-            centroids = start[0].contiguous()
+            # the broadcast writes into it
+            centroids = start[0].clone(memory_format=torch.contiguous_format)
         else:
             sample = shards.sample(_SAMPLE * n_clusters, generator)
             centroids = x.new_empty(n_clusters, x.shape[1])

@@ -78,7 +78,7 @@ def iterate(
         shift, moved = float(ways), bool(changed)
         centroids = new
         if callback is not None:
-            callback(PassIteration(n_iter, float(found.inertia), shift, centroids))
+            callback(PassIteration(n_iter, float(found.inertia), shift, centroids.clone()))
         if not shift > threshold:
             break
     if moved or found is None:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ssl_fast.backends.reference.pairs import accumulation_dtype
+from ssl_fast.backends.reference.sums import ordered_sum, row_squares
 from ssl_fast.cluster.rows import (
     inverse_norms,
-    ordered_sum,
     parts,
     select,
     squared_differences,
@@ -158,16 +158,34 @@ class Problem(NamedTuple):
         squares = nearest_op.nearest(
             x, rounded[:, None], x_scale=self.x_scale, lengths=self.lengths, backend=self.backend
         )[1]
-        off = (mean - rounded.double()).square().sum(1)
+        off = row_squares(mean - rounded.double())
         variance = (ordered_sum(squares) / rows.clamp_min(1.0) - off) / x.shape[2]
+        if x.device.type == "cpu" and not bool(((variance > 0.0) & variance.isfinite()).all()):
+            variance = self._wide_variance(rows, mean)
         return Moments(rows, mean, variance.clamp_min(0.0))
+
+    def _wide_variance(
+        self,
+        rows: Tensor,  # [B]
+        mean: Tensor,  # [B, D] float64
+    ) -> Tensor:
+        """The variance [B] of rows whose squares may leave fp32's range, from float64 copies."""
+        squares = self.x.new_zeros(self.x.shape[:2], dtype=torch.float64)
+        for problems, part in parts(*self.x.shape):
+            some = self.x[problems, part].double()
+            if self.x_scale is not None:
+                some *= self.x_scale[problems, part].unsqueeze(2)
+            squares[problems, part] = row_squares(some.sub_(mean[problems, None]))
+        if self.lengths is not None:
+            squares.masked_fill_(self.padding(), 0.0)
+        return ordered_sum(squares) / rows.clamp_min(1.0) / self.x.shape[2]
 
 
 def unit(
     vectors: Tensor,  # [..., D] float64
 ) -> Tensor:
     """The vectors divided by their norms; zeros stay zeros."""
-    norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    norms = row_squares(vectors).sqrt_().unsqueeze(-1)
     return torch.where(norms > 0.0, vectors / norms, 0.0)
 
 

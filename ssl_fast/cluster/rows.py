@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssl_fast.backends.reference.pairs import accumulation_dtype
+from ssl_fast.backends.reference.sums import row_squares
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,7 +18,6 @@ __all__ = [
     "all_finite",
     "flattened",
     "inverse_norms",
-    "ordered_sum",
     "parts",
     "select",
     "squared_differences",
@@ -70,7 +70,7 @@ def inverse_norms(
     found = x.new_empty(x.shape[:2], dtype=accumulation_dtype(x))
     largest = torch.finfo(found.dtype).max
     for problems, part in parts(*x.shape):
-        norms = x[problems, part].double().square().sum(2).sqrt_()
+        norms = row_squares(x[problems, part]).sqrt_()
         inverse = torch.where(norms > 0.0, 1.0 / norms, 0.0).clamp_(max=largest)
         found[problems, part] = inverse.to(found.dtype)
     return found
@@ -104,23 +104,5 @@ def squared_differences(
         if x_scale is not None:
             rows = rows * x_scale[problems, part].unsqueeze(2)
         difference = select(points[problems], chosen.clamp_min(0)).sub_(rows)
-        distances = difference.square_().sum(2)
-        found[problems, part] = torch.where(chosen < 0, 0.0, distances)
+        found[problems, part] = torch.where(chosen < 0, 0.0, row_squares(difference))
     return found
-
-
-def ordered_sum(
-    values: Tensor,  # [B, N]
-) -> Tensor:
-    """``values.sum(1)`` in float64, [B], in an order that no number of threads changes.
-
-    torch cuts one long sum into as many pieces as there are threads; sums that stand side by side
-    it does not.
-    """
-    block = 1024
-    while values.shape[1] > block:
-        whole = values.shape[1] // block * block
-        sums = values[:, :whole].reshape(len(values), -1, block).sum(2, dtype=torch.float64)
-        rest = values[:, whole:].sum(1, keepdim=True, dtype=torch.float64)
-        values = torch.cat([sums, rest], dim=1)
-    return values.sum(1, dtype=torch.float64)

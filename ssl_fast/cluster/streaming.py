@@ -51,6 +51,8 @@ class _Batches:
             rows, learned = self.model._read(given, fresh=True)
             if self.first is None:
                 self.first, self.learned = Rows(rows.x[:0].clone(), rows.numpy), learned
+                if is_array(self.model.init):
+                    self.model._centers_given(self.model.init, rows.x)  # before a pass over all
             expected, x = self.first.x, rows.x
             same = x.dtype is expected.dtype and x.device == expected.device
             if not same or x.shape[1] != expected.shape[1] or rows.numpy != self.first.numpy:
@@ -199,6 +201,7 @@ def fit_batches(model: KMeans, given: Iterable[Any], starts: int) -> dict[str, A
         if not torch.equal(rounded, outcome.centroids):
             inertia = float(batches.sums(rounded).inertia)
             labels = torch.cat(batches.labels)
+    model._warn_of_few(labels)
     return {
         **batches.learned,
         "cluster_centers_": first.give(centers),

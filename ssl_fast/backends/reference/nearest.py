@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssl_fast.backends.reference.centroid_update import centroid_update
 from ssl_fast.backends.reference.pairs import accumulation_dtype, chunks
+from ssl_fast.backends.reference.sums import row_squares
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,7 +73,7 @@ def squared_differences(
 ) -> Tensor:
     """|u_i - v_j|^2 at j = indices_i, [B, N]."""
     chosen = v.gather(1, indices.unsqueeze(2).expand(*indices.shape, v.shape[2]))
-    return (u - chosen).square().sum(2)
+    return row_squares(u - chosen)
 
 
 def nearest(
