@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sklearn.exceptions import ConvergenceWarning
 
-from ssl_fast import KMeans, MiniBatchKMeans, batched_kmeans, kmeans_assign, kmeans_update
+import ssl_fast
+from ssl_fast import batched_kmeans, kmeans_assign, kmeans_update
 
 NAN = float("nan")
 
@@ -110,22 +110,6 @@ def test_a_callback_cannot_change_the_result(x):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_fitted_centers_keep_their_digits_beside_narrower_rows(x):
-    model = KMeans(3, random_state=0).fit(1000.0 + 0.01 * x)
-    rows = (1000.0 + 0.01 * x).bfloat16()
-    expected = torch.cdist(rows.double(), model.cluster_centers_.double()).argmin(1)
-    assert torch.equal(model.predict(rows), expected)
-    wide = KMeans(3, random_state=0).fit(1e5 * x)
-    assert len(wide.predict((1e5 * x).clamp(-6e4, 6e4).half()).unique()) == 3
-    stream = MiniBatchKMeans(3, random_state=0).partial_fit(x)
-    assert stream.partial_fit(x.half()).cluster_centers_.dtype is torch.float32
-
-
-def test_negative_views_are_rows_like_others(x):
-    found = KMeans(3, random_state=0).fit(torch._neg_view(x))
-    assert torch.equal(found.labels_, KMeans(3, random_state=0).fit(-x).labels_)
-
-
 class _Counted:
     def __init__(self, batches):
         self.batches, self.read = batches, 0
@@ -136,22 +120,45 @@ class _Counted:
             yield batch
 
 
-@pytest.mark.parametrize(
-    "init", [torch.zeros(2, 4), torch.zeros(3, 5), torch.full((3, 4), NAN)], ids=str
-)
-def test_fit_batches_checks_centers_before_it_reads_on(x, init):
-    batches = _Counted(x.split(20))
-    with pytest.raises(ValueError, match="initial centers"):
-        KMeans(3, init=init).fit_batches(batches)
-    assert batches.read == 1
+class TestEstimators:
+    @pytest.fixture(autouse=True)
+    def _estimators(self):
+        pytest.importorskip("sklearn")
 
+    def test_fitted_centers_keep_their_digits_beside_narrower_rows(self, x):
+        model = ssl_fast.KMeans(3, random_state=0).fit(1000.0 + 0.01 * x)
+        rows = (1000.0 + 0.01 * x).bfloat16()
+        expected = torch.cdist(rows.double(), model.cluster_centers_.double()).argmin(1)
+        assert torch.equal(model.predict(rows), expected)
+        wide = ssl_fast.KMeans(3, random_state=0).fit(1e5 * x)
+        assert len(wide.predict((1e5 * x).clamp(-6e4, 6e4).half()).unique()) == 3
+        stream = ssl_fast.MiniBatchKMeans(3, random_state=0).partial_fit(x)
+        assert stream.partial_fit(x.half()).cluster_centers_.dtype is torch.float32
 
-def test_fit_batches_warns_of_clusters_without_rows():
-    rows = np.repeat([[0.0], [1.0]], 20, axis=0)
-    with pytest.warns(ConvergenceWarning, match=r"distinct clusters \(2\)"):
-        KMeans(4, random_state=0).fit_batches([rows[:15], rows[15:]])
+    def test_negative_views_are_rows_like_others(self, x):
+        found = ssl_fast.KMeans(3, random_state=0).fit(torch._neg_view(x))
+        assert torch.equal(found.labels_, ssl_fast.KMeans(3, random_state=0).fit(-x).labels_)
 
+    @pytest.mark.parametrize(
+        "init",
+        [torch.zeros(2, 4), torch.zeros(3, 5), torch.full((3, 4), NAN)],
+        ids=lambda init: str(tuple(init.shape)),
+    )
+    def test_fit_batches_checks_centers_before_it_reads_on(self, x, init):
+        batches = _Counted(x.split(20))
+        with pytest.raises(ValueError, match="initial centers"):
+            ssl_fast.KMeans(3, init=init).fit_batches(batches)
+        assert batches.read == 1
 
-def test_a_reassignment_ratio_above_1(x):
-    model = MiniBatchKMeans(3, reassignment_ratio=2.0, batch_size=50, random_state=0).fit(x)
-    assert model.cluster_centers_.isfinite().all()
+    def test_fit_batches_warns_of_clusters_without_rows(self):
+        from sklearn.exceptions import ConvergenceWarning
+
+        rows = np.repeat([[0.0], [1.0]], 20, axis=0)
+        with pytest.warns(ConvergenceWarning, match=r"distinct clusters \(2\)"):
+            ssl_fast.KMeans(4, random_state=0).fit_batches([rows[:15], rows[15:]])
+
+    def test_a_reassignment_ratio_above_1(self, x):
+        model = ssl_fast.MiniBatchKMeans(
+            3, reassignment_ratio=2.0, batch_size=50, random_state=0
+        ).fit(x)
+        assert model.cluster_centers_.isfinite().all()

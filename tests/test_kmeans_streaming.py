@@ -142,7 +142,9 @@ def _as_one(rank, world_size):
         one = batched_kmeans(x, 6, sample_weight=weight, **options)
         # The first process's centroids are everyone's.
         given = dict(options, init=options["init"] * (1 if rank == 0 else 2))
+        kept = given["init"].clone()
         found = distributed_kmeans(x[mine], 6, sample_weight=weight[mine], **given)
+        assert torch.equal(given["init"], kept)
         assert torch.equal(found.labels, one.labels[mine]), options
         torch.testing.assert_close(found.centroids, one.centroids)
         torch.testing.assert_close(found.counts, one.counts)
