@@ -112,6 +112,7 @@ def nearest(
     n: int,
     k: int,
     d: int,
+    p: int,
     x: _Batch,
     centroids: _Batch,
     threads: int,

@@ -17,6 +17,12 @@ def rows(n=500, d=5, k=6, dtype=torch.float32):
     return (centers[torch.arange(n) % k] + torch.randn(n, d, generator=generator)).to(dtype)
 
 
+def falling_rows(n):
+    """[n, 128] whose variance falls along the columns, for which a basis of the centroids pays."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(n, 128, generator=generator) / torch.arange(1, 129)
+
+
 class TestBatches:
     @pytest.fixture(autouse=True)
     def _estimators(self):
@@ -100,6 +106,35 @@ class TestBatches:
         assert counts.max() < 115
         assert counts.sum() == 4000
 
+    @pytest.mark.parametrize("shuffled", [False, True], ids=["", "shuffled"])
+    def test_labels_of_the_pass_before(self, shuffled, monkeypatch):
+        """Of large batches they may make the next pass faster, also where they are others' rows."""
+        from ssl_fast.cluster import KMeans, streaming
+
+        x = falling_rows(18000)
+        model = KMeans(170, init=x[:170].clone(), n_init=1, max_iter=4, tol=0.0)
+        whole = model.fit(x)
+        labels, centers = whole.labels_, whole.cluster_centers_
+        batches = list(x.split([8800, 8900, 300]))
+
+        class Reordered(list):
+            def __iter__(self):
+                if shuffled:
+                    self.append(self.pop(0))
+                return super().__iter__()
+
+        made = []
+        basis_for = streaming.basis_for
+        monkeypatch.setattr(
+            streaming, "basis_for", lambda *given: made.append(basis_for(*given)) or made[-1]
+        )
+        parts = model.fit_batches(Reordered(batches))
+        assert len(made) == (1 if not shuffled else len(made))
+        assert any(basis is not None for basis in made)
+        np.testing.assert_allclose(parts.cluster_centers_, centers, rtol=1e-5, atol=1e-6)
+        if not shuffled:
+            assert torch.equal(parts.labels_, labels)
+
     def test_refuses(self):
         from ssl_fast.cluster import KMeans
 
@@ -163,6 +198,13 @@ def _as_one(rank, world_size):
         dist.all_gather(both, found.centroids)
         assert torch.equal(both[0], both[1])
         assert found.counts.sum() == 500
+
+    x = falling_rows(18000)
+    mine = slice(0, 9500) if rank == 0 else slice(9500, 18000)
+    options = {"init": x[:170].clone(), "max_iter": 4, "tol": 0.0}
+    one, found = batched_kmeans(x, 170, **options), distributed_kmeans(x[mine], 170, **options)
+    assert torch.equal(found.labels, one.labels[mine])
+    torch.testing.assert_close(found.centroids, one.centroids)
 
     with pytest.raises(ValueError, match="at most the number of all rows, 4"):
         distributed_kmeans(x[:2], 5)

@@ -243,6 +243,7 @@ inline void pack_centroids(Centroids& c, Dtype dtype, Team* team, float* buffer,
 }
 
 #if defined(__AVX512BF16__)
+// T [rows][LANES]: the products of a panel's rows with the queries.
 inline void bf16_panel(const float* packed, int rows, int64_t d, const float* queries, float* out) {
 #if defined(__AMX_BF16__)
     rows = Bf16Path::PANEL;
@@ -253,6 +254,29 @@ inline void bf16_panel(const float* packed, int rows, int64_t d, const float* qu
 }
 #endif
 
+// The same of an fp32 panel: rows of `d` columns packed as by FloatPath::pack_key.
+inline void float_panel(const float* packed, int rows, int64_t d, const float* queries,
+                        float* out) {
+    for (int64_t k = 0; k < d; k += FloatPath::DEPTH) {
+        const int steps = static_cast<int>(smaller(FloatPath::DEPTH, d - k));
+        for (int r = 0; r < rows; r += FloatPath::PACK) {
+            const int height = rows - r < FloatPath::PACK ? rows - r : FloatPath::PACK;
+            const Operands o{packed + r * d + k * FloatPath::PACK,
+                             0,
+                             queries + k * LANES,
+                             0,
+                             1,
+                             FloatPath::PACK * d};
+            if (k == 0)
+                product<FloatStep, 1, FloatPath::PACK, FloatPath::PACK, false>(
+                    o, steps, height, out + r * LANES, LANES);
+            else
+                product<FloatStep, 1, FloatPath::PACK, FloatPath::PACK, true>(
+                    o, steps, height, out + r * LANES, LANES);
+        }
+    }
+}
+
 // T [rows][LANES] of one panel: u.v, without the scales in bfloat16.
 template <class Path>
 void panel_products(const Centroids& c, int64_t panel, int rows, const float* queries, float* out) {
@@ -262,24 +286,7 @@ void panel_products(const Centroids& c, int64_t panel, int rows, const float* qu
         bf16_panel(packed, rows, c.d, queries, out);
 #endif
     } else {
-        for (int64_t k = 0; k < c.d; k += Path::DEPTH) {
-            const int steps = static_cast<int>(smaller(Path::DEPTH, c.d - k));
-            for (int r = 0; r < rows; r += Path::PACK) {
-                const int height = rows - r < Path::PACK ? rows - r : Path::PACK;
-                const Operands o{packed + r * c.d + k * Path::PACK,
-                                 0,
-                                 queries + k * LANES,
-                                 0,
-                                 1,
-                                 Path::PACK * c.d};
-                if (k == 0)
-                    product<FloatStep, 1, Path::PACK, Path::PACK, false>(o, steps, height,
-                                                                         out + r * LANES, LANES);
-                else
-                    product<FloatStep, 1, Path::PACK, Path::PACK, true>(o, steps, height,
-                                                                        out + r * LANES, LANES);
-            }
-        }
+        float_panel(packed, rows, c.d, queries, out);
     }
 }
 

@@ -6,13 +6,10 @@
 // whatever the instruction set, the blocks or the order of the sums.
 
 #include "core/clustering.h"
-#include "cpu/queries.h"
+#include "cpu/projection.h"
 
 namespace ssl_fast {
 namespace {
-
-// From here on squares overflow, or are about to.
-constexpr float HUGE_SQUARE = 1e36f, HUGE_SCORE = 1e37f;
 
 // Up to so many waiting rows are compared in double with every centroid, which then costs less than
 // a product of LANES rows.
@@ -20,9 +17,11 @@ constexpr int FEW_FP32 = 8, FEW_BF16 = 2;
 
 struct Problem {
     Rows x;
-    const float* x_scale;  // [N] or null
-    int64_t* labels;       // [N]
-    float* distances;      // [N] or null
+    const float* x_scale;     // [N] or null
+    const int64_t* previous;  // [N], with a projection
+    const Projection* projection;
+    int64_t* labels;   // [N]
+    float* distances;  // [N] or null
 };
 
 // A score's error: a chain of multiply-adds errs by eps at each partial sum, |u_1..j| |v_1..j|
@@ -110,10 +109,9 @@ class ExactRows {
         if (p.x_scale == nullptr && c.given == nullptr) {
             const float to_a = squared_distance(x, 1.0f, v, 1.0f, c_.d);
             const float to_b = squared_distance(x, 1.0f, w, 1.0f, c_.d);
-            // Differences, squares and lanes of a (4 * WIDTH)th of the columns are rounded.
-            const float eps = 6.5e-8f * (16.0f + static_cast<float>(c_.d) / (4 * WIDTH));
             const float gap = to_b - to_a, sum = to_a + to_b;
-            if (sum > 1e-30f && sum < HUGE_SQUARE && __builtin_fabsf(gap) > eps * sum)
+            if (sum > 1e-30f && sum < HUGE_SQUARE &&
+                __builtin_fabsf(gap) > distance_error(c_.d) * sum)
                 return gap > 0.0f ? a : b;
         }
         return exact_distance(x, xs, w, ws, c_.d) < exact_distance(x, xs, v, vs, c_.d) ? b : a;

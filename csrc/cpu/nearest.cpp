@@ -13,7 +13,7 @@ class NearestRun {
         : c_(call), alone_(one_thread_each(call.b, call.threads)), rows_(call) {
         Arena arena(c_.workspace);
         counter_ = arena.take<int64_t>(1);
-        if (!alone_) take_centroids(arena, c_.k, c_.d, centroids_, screens(c_.k, c_.d));
+        if (!alone_) take_problem(arena);
         const std::size_t shared = arena.used();
         for (int r = 0; r <= rank; ++r) take_own(arena);
         bytes_ = shared + (arena.used() - shared) / (rank + 1) * c_.threads;
@@ -39,8 +39,12 @@ class NearestRun {
     }
 
   private:
+    void take_problem(Arena& arena) {
+        take_centroids(arena, c_.k, c_.d, centroids_, screens(c_.k, c_.d));
+        take_projection(arena, PrunedRows::prunes(c_) ? c_.p : 0, c_.k, c_.d, projection_);
+    }
     void take_own(Arena& arena) {
-        if (alone_) take_centroids(arena, c_.k, c_.d, centroids_, screens(c_.k, c_.d));
+        if (alone_) take_problem(arena);
         rows_.take(arena);
         buffer_ = arena.take<float>(round_up(c_.d, 64));
         values_ = arena.take<float>(round_up(c_.d, 64));
@@ -74,6 +78,10 @@ class NearestRun {
             if (centroids_.rounded != nullptr)
                 pack_screen(centroids_, c_.dtype, team, buffer_, values_);
 #endif
+            if (projection_.columns > 0) {
+                projection_.rows = c_.basis + b * c_.p * c_.d;
+                rows_.pack_projection(projection_, centroids_, team);
+            }
             blocks<FloatPath>(b, length, team, tickets, base);
         }
         // The next problem's centroids take the place of these.
@@ -82,9 +90,12 @@ class NearestRun {
 
     template <class Path>
     void blocks(int64_t b, int64_t length, Team* team, Tickets& tickets, int64_t& base) {
-        const Problem p{
-            matrix(c_.x, c_.dtype, b), c_.x_scale == nullptr ? nullptr : c_.x_scale + b * c_.n,
-            c_.labels + b * c_.n, c_.distances == nullptr ? nullptr : c_.distances + b * c_.n};
+        const Problem p{matrix(c_.x, c_.dtype, b),
+                        c_.x_scale == nullptr ? nullptr : c_.x_scale + b * c_.n,
+                        c_.previous == nullptr ? nullptr : c_.previous + b * c_.n,
+                        &projection_,
+                        c_.labels + b * c_.n,
+                        c_.distances == nullptr ? nullptr : c_.distances + b * c_.n};
         const bool sums = c_.sums != nullptr;
         const int64_t unit = rows_.unit(ceil_div(length, LANES), team->size) * LANES;
         // Each member of the team gets the same number of units of a block.
@@ -114,6 +125,7 @@ class NearestRun {
     std::size_t bytes_;
     int64_t* counter_;
     Centroids centroids_;
+    Projection projection_;
     NearestRows rows_;
     RowOrder order_{};
     float *buffer_, *values_;

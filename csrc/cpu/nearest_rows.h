@@ -3,9 +3,11 @@
 //
 // Rows ride on the vector lanes, so the best score, its index and the runner-up are kept lane by
 // lane. Where the two best scores are closer than what their roundings can amount to, exact_rows.h
-// decides; with many centroids a screen (screen.h) goes before.
+// decides; with many centroids a screen (screen.h) goes before, and with a basis a projection
+// (projection.h) before both.
 
 #include "cpu/kernels.h"
+#include "cpu/pruned_rows.h"
 #include "cpu/screen_rows.h"
 
 namespace ssl_fast {
@@ -14,7 +16,11 @@ namespace {
 class NearestRows {
   public:
     explicit NearestRows(const Nearest& call)
-        : c_(call), unit_(unit_blocks(call.d)), exact_(call), screen_(call, exact_) {}
+        : c_(call),
+          unit_(unit_blocks(call.d)),
+          exact_(call),
+          pruned_(call, exact_),
+          screen_(call, exact_) {}
 
     void take(Arena& arena) {
         for (int64_t s = 0; s < unit_; ++s) {
@@ -22,11 +28,16 @@ class NearestRows {
             packed_[s] = arena.take<float>(query_depth(c_.d) * LANES);
         }
         exact_.take(arena);
+        pruned_.take(arena, unit_);
         screen_.take(arena, unit_);
     }
     void begin() {
         exact_.begin();
+        pruned_.begin();
         screen_.begin();
+    }
+    void pack_projection(Projection& p, const Centroids& c, Team* team) {
+        pruned_.pack(p, c, team, packed_[0]);
     }
     // Blocks of LANES rows that are taken at a time, of `blocks` shared by `threads`.
     int64_t unit(int64_t blocks, int threads) const {
@@ -37,6 +48,11 @@ class NearestRows {
     // likely to be given next.
     template <class Path>
     void assign(const Problem& p, const Centroids& c, int64_t first, int64_t end, Ahead ahead) {
+        if (const int64_t rows = Path::BF16 ? 0 : pruned_.share(p, end - first);
+            rows > 0 && pruned_.assign(p, c, first, first + rows, ahead, packed_)) {
+            first += rows;
+            if (first == end) return;
+        }
         if (const int64_t rows = Path::BF16 ? 0 : screen_.share(end - first); rows > 0) {
             screen_.assign(p, c, first, first + rows, ahead, packed_);
             first += rows;
@@ -166,6 +182,7 @@ class NearestRows {
     const Nearest& c_;
     const int64_t unit_;
     ExactRows exact_;
+    PrunedRows pruned_;
     ScreenRows screen_;
     Block* block_[MAX_UNIT];
     float* packed_[MAX_UNIT];

@@ -24,6 +24,9 @@ int64_t group_panels(int64_t d) {
 // Rows of a packed block on either path.
 inline int64_t query_depth(int64_t d) { return larger(d, round_up(d, 32) / 2); }
 
+// From here on squares overflow, or are about to.
+constexpr float HUGE_SQUARE = 1e36f, HUGE_SCORE = 1e37f;
+
 struct Queries {
     float* packed;                    // [depth][LANES]
     alignas(64) float scale[LANES];   // of bfloat16 products
@@ -192,34 +195,47 @@ Vec score(const Centroids& c, int64_t k, int r, int v, const float* tile, const 
     return fma(t * broadcast(c.scale[k + r]), load(q.scale + v), -half);
 }
 
-// |x_scale x - y_scale y|^2 from differences, which keeps the digits of a small one.
-inline float squared_distance(const float* x, float x_scale, const float* y, float y_scale,
-                              int64_t d) {
+template <bool SCALED>
+float sum_of_squares(const float* x, float x_scale, const float* y, float y_scale, int64_t d) {
     const Vec xs = broadcast(x_scale), ys = broadcast(y_scale);
     Vec sums[4] = {broadcast(0.0f), broadcast(0.0f), broadcast(0.0f), broadcast(0.0f)};
     // Both products are rounded, so that equal rows have distance 0.
-    const auto difference = [&](int64_t e) {
-        return keep_in_register(load(x + e) * xs) - keep_in_register(load(y + e) * ys);
+    const auto difference = [&](Vec a, Vec b) {
+        return SCALED ? keep_in_register(a * xs) - keep_in_register(b * ys) : a - b;
     };
     int64_t e = 0;
     for (; e + 4 * WIDTH <= d; e += 4 * WIDTH)
 #pragma GCC unroll 4
         for (int v = 0; v < 4; ++v) {
-            const Vec t = difference(e + v * WIDTH);
+            const Vec t = difference(load(x + e + v * WIDTH), load(y + e + v * WIDTH));
             sums[v] = fma(t, t, sums[v]);
         }
     for (; e + WIDTH <= d; e += WIDTH) {
-        const Vec t = difference(e);
+        const Vec t = difference(load(x + e), load(y + e));
         sums[0] = fma(t, t, sums[0]);
     }
     if (e < d) {
         alignas(64) float last[2][WIDTH] = {};
         __builtin_memcpy(last[0], x + e, (d - e) * sizeof(float));
         __builtin_memcpy(last[1], y + e, (d - e) * sizeof(float));
-        const Vec t = keep_in_register(load(last[0]) * xs) - keep_in_register(load(last[1]) * ys);
+        const Vec t = difference(load(last[0]), load(last[1]));
         sums[1] = fma(t, t, sums[1]);
     }
     return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// |x_scale x - y_scale y|^2 from differences, which keeps the digits of a small one.
+inline float squared_distance(const float* x, float x_scale, const float* y, float y_scale,
+                              int64_t d) {
+    // The same bits: a product with 1 is exact.
+    if (x_scale == 1.0f && y_scale == 1.0f) return sum_of_squares<false>(x, 1.0f, y, 1.0f, d);
+    return sum_of_squares<true>(x, x_scale, y, y_scale, d);
+}
+
+// What differences, squares and the sum of a squared distance are rounded by, in proportion: each
+// lane adds a (4 * WIDTH)th of the columns.
+inline float distance_error(int64_t d) {
+    return 6.5e-8f * (16.0f + static_cast<float>(d) / (4 * WIDTH));
 }
 
 // The same in double, for rows that fp32 can't decide.

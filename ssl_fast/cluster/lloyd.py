@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssl_fast.backends.reference.pairs import accumulation_dtype
 from ssl_fast.backends.reference.sums import row_squares
+from ssl_fast.cluster.basis import basis_for
 from ssl_fast.cluster.empty import farthest, relocate, split
 from ssl_fast.cluster.problem import Problem, means
 from ssl_fast.cluster.rows import parts
@@ -127,10 +128,12 @@ def run(
     everywhere = True
     watched = rules.callback is not None
     for iteration in range(1, rules.max_iter + 1):
+        previous = None if problem.basis is None else labels
         if everywhere:
             labels = counts = None  # frees the labels before the new ones are made
         lengths = problem.lengths if everywhere else torch.where(active, full, 0)
-        found, distances, sums, weights = problem.lloyd(centroids, lengths, watched)
+        found, distances, sums, weights = problem.lloyd(centroids, lengths, watched, previous)
+        del previous
         filled = fill_empty(problem, centroids, found, sums, weights, active, rules)
         new = means(sums, filled, centroids, problem.cosine)
         del sums  # as large as all that is made until the next ones
@@ -139,6 +142,8 @@ def run(
         shift, changed = shift_of(new, centroids)
         moved = torch.where(active, changed, moved)
         centroids = new if everywhere else torch.where(active[:, None, None], new, centroids)
+        if iteration == 1:
+            problem = problem._replace(basis=basis_for(x.shape[1], centroids))
         n_iter = n_iter + active
         if rules.callback is not None:
             inertia = _keep(active, problem.total(distances), inertia)
@@ -169,10 +174,11 @@ def _finish(
     distances = None
     if number or labels is None or counts is None:
         everywhere = number == len(moved)
+        previous = None if problem.basis is None else labels
         if everywhere:
             labels = counts = None
         lengths = problem.lengths if everywhere else torch.where(moved, full, 0)
-        found, distances, _, weights = problem.lloyd(centroids, lengths, everywhere)
+        found, distances, _, weights = problem.lloyd(centroids, lengths, everywhere, previous)
         labels, counts = _keep(moved, found, labels), _keep(moved, weights, counts)
         if not everywhere:
             distances = None

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssl_fast.backends.reference.pairs import accumulation_dtype
+from ssl_fast.cluster.basis import basis_for
 from ssl_fast.cluster.batched import check_callback, check_generator
 from ssl_fast.cluster.checks import (
     accept_rows,
@@ -56,7 +57,13 @@ class _Shards:
         return torch.cat(parts)
 
     def sums(self, centroids: Tensor) -> Sums:
-        labels, distances, sums, counts = self.problem.lloyd(centroids[None], None, distances=True)
+        previous = self.labels if self.labels.dim() == 2 else None
+        if previous is not None and self.problem.basis is None:
+            basis = basis_for(previous.shape[1], centroids[None])
+            self.problem = self.problem._replace(basis=basis)
+        labels, distances, sums, counts = self.problem.lloyd(
+            centroids[None], None, distances=True, previous=previous
+        )
         self.labels = labels
         inertia = self.problem.total(distances)
         packed = self.add(torch.cat([sums.flatten(), counts.flatten(), inertia]))

@@ -37,6 +37,7 @@ class Problem(NamedTuple):
     weight: Tensor | None  # [B, N]
     lengths: Tensor | None  # [B]
     backend: str | None
+    basis: Tensor | None = None  # [B, P, D] of the centroids, by which ``lloyd`` may be faster
 
     @classmethod
     def of(
@@ -75,12 +76,17 @@ class Problem(NamedTuple):
         centroids: Tensor,  # [B, K, D]
         lengths: Tensor | None,  # [B]
         distances: bool,
+        previous: Tensor | None = None,  # [B, N]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Labels, squared distances, and the sums and counts of the clusters."""
+        """Labels, squared distances, and the sums and counts of the clusters.
+
+        The labels of a pass before may make it faster, where there is a basis.
+        """
+        basis = None if previous is None else self.basis
         return nearest_op.lloyd(
             self.x, centroids, x_scale=self.x_scale, weight=self.weight, lengths=lengths,
-            centroid_scale=self.centroid_scale(centroids), distances=distances,
-            backend=self.backend,
+            centroid_scale=self.centroid_scale(centroids), distances=distances, basis=basis,
+            previous=None if basis is None else previous, backend=self.backend,
         )  # fmt: skip
 
     def distances_to(

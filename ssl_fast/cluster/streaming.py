@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ssl_fast.cluster.basis import basis_for
 from ssl_fast.cluster.centering import worth_centering
 from ssl_fast.cluster.empty import Farthest, farthest
 from ssl_fast.cluster.estimator import WIDE, FitIteration, Rows, is_array
@@ -42,6 +43,7 @@ class _Batches:
         self.mean: Tensor | None = None  # what is taken from all rows
         self.total = 0
         self.labels: list[Tensor] = []
+        self.basis: Tensor | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
         """Each batch's rows [n, D] less the mean."""
@@ -71,13 +73,21 @@ class _Batches:
 
     def sums(self, centroids: Tensor) -> Sums:
         """A pass that assigns the rows and adds them up."""
-        self.labels = []
+        if self.labels and self.basis is None:
+            self.basis = basis_for(len(self.labels[0]), centroids[None])
+        known, self.labels = iter(self.labels), []
         sums = torch.zeros_like(centroids, dtype=torch.float64)
         counts = sums.new_zeros(len(sums))
         inertia = sums.new_zeros(())
         for x in self:
-            problem = self.model._problem(x)
-            labels, distances, more, rows = problem.lloyd(centroids[None], None, distances=True)
+            problem = self.model._problem(x)._replace(basis=self.basis)
+            previous = next(known, None)
+            if previous is not None:
+                # Of batches in another order they are a poor hint, no more.
+                previous = previous[None].long() if len(previous) == len(x) else None
+            labels, distances, more, rows = problem.lloyd(
+                centroids[None], None, distances=True, previous=previous
+            )
             self.labels.append(labels[0].to(torch.int32))
             sums += more[0]
             counts += rows[0]

@@ -34,11 +34,17 @@ def _check(
 
 
 def _check_lloyd(*arguments: Any) -> None:
-    *scaled, weight, lengths, distances = arguments
+    *scaled, weight, lengths, distances, basis, previous = arguments
     check: Any = _check
     check(*scaled, lengths, distances)
     x = scaled[0]
     check_tensor("weight", weight, x.shape[:2], accumulation_dtype(x), x)
+    if (basis is None) != (previous is None):
+        raise ValueError("basis and previous are given together or not at all")
+    if basis is not None:
+        columns = basis.shape[1] if basis.dim() == 3 else -1
+        check_tensor("basis", basis, (x.shape[0], columns, x.shape[2]), accumulation_dtype(x), x)
+        check_tensor("previous", previous, x.shape[:2], torch.int64, x)
 
 
 def _fake_nearest(x: Tensor, *rest: Any, **_: str) -> tuple[Tensor, Tensor]:
@@ -50,8 +56,9 @@ def _fake_nearest(x: Tensor, *rest: Any, **_: str) -> tuple[Tensor, Tensor]:
 def _fake_lloyd(
     x: Tensor, centroids: Tensor, *rest: Any, **_: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *scaled, _basis, _previous = rest
     return (
-        *_fake_nearest(x, *rest),
+        *_fake_nearest(x, *scaled),
         x.new_empty(centroids.shape, dtype=torch.float64),
         x.new_empty(centroids.shape[:2], dtype=torch.float64),
     )
@@ -64,8 +71,8 @@ _nearest = register(
     _fake_nearest,
 )
 _lloyd = register(
-    f"lloyd({_SCALED}, Tensor? weight, Tensor? lengths, bool distances, *, "
-    'str backend="") -> (Tensor, Tensor, Tensor, Tensor)',
+    f"lloyd({_SCALED}, Tensor? weight, Tensor? lengths, bool distances, Tensor? basis, "
+    'Tensor? previous, *, str backend="") -> (Tensor, Tensor, Tensor, Tensor)',
     implementation("lloyd", 1, "nearest", _check_lloyd),
     _fake_lloyd,
 )
@@ -104,16 +111,22 @@ def lloyd(
     weight: Tensor | None = None,  # [B, N]
     lengths: Tensor | None = None,  # [B]
     distances: bool = True,
+    basis: Tensor | None = None,  # [B, P, D]
+    previous: Tensor | None = None,  # [B, N]
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``nearest(...)`` and ``centroid_update`` of its labels in one pass over x.
 
     Gives labels, squared_distances, sums [B, K, D] and counts [B, K], the last two in float64. One
     step of Lloyd, Least squares quantization in PCM (1982); the division is the caller's.
+
+    ``basis`` and ``previous``, given together, change the speed alone: orthonormal rows that span
+    most of what the centroids differ in, and the labels that the rows had before. A backend may
+    then rule centroids out by their distance in the basis.
     """
     with torch.no_grad():
         found: tuple[Tensor, Tensor, Tensor, Tensor] = _lloyd(
-            x, centroids, x_scale, centroid_scale, weight, lengths, distances,
+            x, centroids, x_scale, centroid_scale, weight, lengths, distances, basis, previous,
             backend=backend or "",
         )  # fmt: skip
     return found
