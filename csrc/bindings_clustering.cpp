@@ -28,7 +28,7 @@ void check(std::int64_t b, std::int64_t n, std::int64_t k, std::int64_t d, int d
 }
 
 Prepared<Nearest> nearest(int dtype, std::int64_t b, std::int64_t n, std::int64_t k, std::int64_t d,
-                          std::int64_t p, const py::object& x, const py::object& centroids,
+                          std::int64_t columns, const py::object& x, const py::object& centroids,
                           int threads, const py::dict& addresses) {
     check(b, n, k, d, dtype, threads);
     Nearest call{};
@@ -37,7 +37,7 @@ Prepared<Nearest> nearest(int dtype, std::int64_t b, std::int64_t n, std::int64_
     call.n = n;
     call.k = k;
     call.d = d;
-    call.p = p;
+    call.columns = columns;
     call.x = batch(x);
     call.centroids = batch(centroids);
     call.threads = threads;
@@ -46,7 +46,6 @@ Prepared<Nearest> nearest(int dtype, std::int64_t b, std::int64_t n, std::int64_
     arrays.take("centroid_scale", call.centroid_scale);
     arrays.take("weight", call.weight);
     arrays.take("lengths", call.lengths);
-    arrays.take("basis", call.basis);
     arrays.take("previous", call.previous);
     arrays.take("labels", call.labels);
     arrays.take("distances", call.distances);
@@ -56,11 +55,9 @@ Prepared<Nearest> nearest(int dtype, std::int64_t b, std::int64_t n, std::int64_
     if (b * n > 0) require(call.labels, "labels");
     if ((call.sums == nullptr) != (call.counts == nullptr))
         throw std::invalid_argument("sums and counts are given together or not at all");
-    if ((call.basis == nullptr) != (call.previous == nullptr) || (call.basis != nullptr && p < 1))
-        throw std::invalid_argument(
-            "basis, of p >= 1 rows, and previous are given together or not "
-            "at all; got p = " +
-            std::to_string(p));
+    if (call.previous != nullptr && (columns < 1 || columns > k))
+        throw std::invalid_argument("columns must be between 1 and k = " + std::to_string(k) +
+                                    " with previous; got " + std::to_string(columns));
     return {call, active_isa().nearest};
 }
 

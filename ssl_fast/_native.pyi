@@ -112,7 +112,7 @@ def nearest(
     n: int,
     k: int,
     d: int,
-    p: int,
+    columns: int,
     x: _Batch,
     centroids: _Batch,
     threads: int,

@@ -1,4 +1,4 @@
-"""Labels where a basis of the centroids rules most of them out: those of exact arithmetic.
+"""Labels where leading directions rule most centroids out: those of exact arithmetic.
 
 Rows have a spectrum that falls, so that little is ruled out by mistake only if the bounds hold.
 """
@@ -14,8 +14,8 @@ from plain_clusters import all_distances, strided_views
 
 from ssl_fast import batched_kmeans
 from ssl_fast.backends import dispatch
-from ssl_fast.cluster import lloyd as iterations
-from ssl_fast.cluster.basis import basis_for, leading_basis
+from ssl_fast.cluster import problem
+from ssl_fast.cluster.projection import projection_columns
 from ssl_fast.ops import nearest as ops
 
 N, K, D = 333, 131, 150
@@ -50,10 +50,12 @@ def lloyd(backend, *arguments):
     return dispatch.load(backend, "nearest").lloyd(*arguments)
 
 
-def assert_the_same(backend, x, centroids, basis, previous, scales=(None, None), rest=(None, None)):
-    """As without a basis, to the last bit, and the labels of exact arithmetic."""
+def assert_the_same(
+    backend, x, centroids, previous, scales=(None, None), rest=(None, None), columns=24
+):
+    """As without labels to start from, to the last bit, and the labels of exact arithmetic."""
     plain = lloyd(backend, x, centroids, *scales, *rest, True)
-    found = lloyd(backend, x, centroids, *scales, *rest, True, basis, previous)
+    found = lloyd(backend, x, centroids, *scales, *rest, True, previous, columns)
     for a, b in zip(found, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
     if rest[1] is None:
@@ -70,34 +72,26 @@ def test_shapes(backend, shape, power):
     batch, n, k, d = shape
     x, centroids, previous = clusters(n, k, d, n, power, batch)
     for columns in {1, min(k, d) // 3 + 1, min(k, d) - 1}:
-        assert_the_same(backend, x, centroids, leading_basis(centroids, columns), previous)
+        assert_the_same(backend, x, centroids, previous, columns=columns)
 
 
 def test_previous_labels_are_only_a_hint(backend):
     x, centroids, right = clusters()
-    basis = leading_basis(centroids, 20)
     generator = torch.Generator().manual_seed(0)
     anything = torch.randint(-(2**62), 2**62, (1, N), generator=generator)
     for previous in (right, (right + 1) % K, torch.full_like(right, -1), anything):
-        assert_the_same(backend, x, centroids, basis, previous)
+        assert_the_same(backend, x, centroids, previous)
 
 
-@pytest.mark.parametrize("error", [0.0, 1e-6, 1e-4, 1e-3, 1e-2, 1.0])
-def test_a_basis_that_is_not_quite_orthonormal(backend, error):
-    x, centroids, previous = clusters(power=1.5)
-    generator = torch.Generator().manual_seed(0)
-    basis = leading_basis(centroids, 24)
-    noise = torch.randn(basis.shape, generator=generator) / D**0.5
-    assert_the_same(backend, x, centroids, basis + error * noise, previous)
-    assert_the_same(backend, x, centroids, basis * (1 + error), previous)
-
-
-@pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf, 1e30])
-def test_a_basis_that_is_none(backend, value):
+@pytest.mark.parametrize("rank", [0, 1, 5, 23])
+@pytest.mark.parametrize("columns", [1, 24, K])
+def test_centroids_that_span_less_than_the_columns(backend, rank, columns):
     x, centroids, previous = clusters()
-    basis = leading_basis(centroids, 24)
-    basis[:, 5] = value
-    assert_the_same(backend, x, centroids, basis, previous)
+    generator = torch.Generator().manual_seed(0)
+    inside = torch.randn(rank, D, generator=generator)
+    centroids = torch.randn(1, K, rank, generator=generator) @ inside + 0.01
+    for rows in (x, torch.randn(1, N, rank, generator=generator) @ inside):
+        assert_the_same(backend, rows, centroids, previous, columns=columns)
 
 
 def test_scales_and_weights(backend):
@@ -106,11 +100,10 @@ def test_scales_and_weights(backend):
     scales = 1.0 / x.norm(dim=2), torch.rand(2, K, generator=generator) + 0.5
     weight = torch.rand(2, N, generator=generator)
     lengths = torch.tensor([N - 40, 70])
-    basis = leading_basis(centroids, 24)
     for some in (scales, (scales[0], None), (None, scales[1])):
-        assert_the_same(backend, x, centroids, basis, previous, some)
+        assert_the_same(backend, x, centroids, previous, some)
     x = x.masked_fill((torch.arange(N) >= lengths[:, None]).unsqueeze(2), torch.nan)
-    assert_the_same(backend, x, centroids, basis, previous, scales, (weight, lengths))
+    assert_the_same(backend, x, centroids, previous, scales, (weight, lengths))
 
 
 @pytest.mark.parametrize("offset", [0.3, 10.0, 1e4])
@@ -119,14 +112,13 @@ def test_far_from_the_origin(backend, offset, scaled):
     x, centroids, previous = clusters()
     scales = (1.0 / (x + offset).norm(dim=2), 1.0 / (centroids + offset).norm(dim=2))
     some = scales if scaled else (None, None)
-    basis = leading_basis(centroids, 24)
-    assert_the_same(backend, x + offset, centroids + offset, basis, previous, some)
+    assert_the_same(backend, x + offset, centroids + offset, previous, some)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-21, 1e-18, 1e-10, 1e10, 1e16, 1e18])
 def test_magnitudes(backend, scale):
     x, centroids, previous = clusters()
-    assert_the_same(backend, x * scale, centroids * scale, leading_basis(centroids, 24), previous)
+    assert_the_same(backend, x * scale, centroids * scale, previous)
 
 
 def test_magnitudes_side_by_side(backend):
@@ -137,17 +129,16 @@ def test_magnitudes_side_by_side(backend):
     centroids = centroids * 10.0 ** torch.randint(-25, 15, (1, K, 1), generator=generator)
     x[:, ::9] = 0.0
     centroids[:, 40::50] = 0.0
-    basis = leading_basis(spectrum(K, D, 0), 24)
-    assert_the_same(backend, x, centroids, basis, previous)
+    assert_the_same(backend, x, centroids, previous)
 
 
-def test_rows_within_the_basis(backend):
+def test_rows_within_the_leading_directions(backend):
     """Nothing is left out, so that the bounds consist of roundings alone."""
     generator = torch.Generator().manual_seed(4)
     inside = torch.linalg.qr(torch.randn(D, 12, generator=generator)).Q.T
     x, centroids = (torch.randn(1, n, 12, generator=generator) @ inside for n in (N, K))
     previous = torch.zeros(1, N, dtype=torch.int64)
-    assert_the_same(backend, x, centroids, leading_basis(centroids, 16), previous)
+    assert_the_same(backend, x, centroids, previous, columns=16)
 
 
 @pytest.mark.parametrize("step", [0.0, 1e-7, 1e-5, 1e-3])
@@ -158,18 +149,17 @@ def test_near_ties(backend, step):
     generator = torch.Generator().manual_seed(5)
     apart = torch.randn(1, K, D, generator=generator) * step
     centroids = centroids[:, torch.arange(K) // 3] + apart
-    assert_the_same(backend, x, centroids, leading_basis(centroids, 24), previous)
+    assert_the_same(backend, x, centroids, previous)
 
 
 def test_rows_half_way(backend):
     """Between two centroids, which float64 alone tells apart."""
     x, centroids, previous = clusters()
     x = (centroids[:, previous[0]] + centroids[:, (previous[0] + 1) % K]) / 2
-    assert_the_same(backend, x, centroids, leading_basis(centroids, 24), previous)
+    assert_the_same(backend, x, centroids, previous)
 
 
-@pytest.mark.parametrize("error", [0.0, -1e-5, 1e-5, 1e-4, 4e-4])
-def test_bounds_without_room(backend, error):
+def test_bounds_without_room(backend):
     """One direction is left out, where the product is all that its bound allows for.
 
     Rows lie between the centroid that they had and one that is nearer by a part of a million.
@@ -182,24 +172,22 @@ def test_bounds_without_room(backend, error):
     generator = torch.Generator().manual_seed(6)
     turn = torch.linalg.qr(torch.randn(D, 20, generator=generator)).Q.T
     x, centroids = x @ turn, centroids @ turn
-    basis = leading_basis(centroids, 20)[:, :19] * (1 + error)
-    assert_the_same(backend, x, centroids, basis, previous)
+    assert_the_same(backend, x, centroids, previous, columns=19)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e19, 3e38])
 def test_not_finite(backend, value):
     x, centroids, previous = clusters()
-    basis = leading_basis(centroids, 24)
     hurt = centroids.clone()
     for place in (0, 7, K - 1):
         hurt[:, place, 3] = value
     plain = lloyd(backend, x, hurt, *[None] * 4, True)
-    found = lloyd(backend, x, hurt, *[None] * 4, True, basis, torch.full_like(previous, 7))
+    found = lloyd(backend, x, hurt, *[None] * 4, True, torch.full_like(previous, 7), 24)
     assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
     x = x.clone()
     x[:, ::50, 5] = value
     plain = lloyd(backend, x, centroids, *[None] * 4, True)
-    found = lloyd(backend, x, centroids, *[None] * 4, True, basis, previous)
+    found = lloyd(backend, x, centroids, *[None] * 4, True, previous, 24)
     for a, b in zip(found, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
@@ -213,21 +201,19 @@ def test_not_finite(backend, value):
 )  # fmt: skip
 def test_any_problem(backend, n, k, d, power, columns, seed, far):
     x, centroids, previous = clusters(n, k, d, seed, power)
-    basis = leading_basis(centroids, min(columns, k, d))
-    assert_the_same(backend, x + far, centroids + far, basis, previous)
+    assert_the_same(backend, x + far, centroids + far, previous, columns=min(columns, k))
 
 
 def test_threads_and_layouts(backend):
     x, centroids, previous = clusters(n=1200, batch=2)
-    basis = leading_basis(centroids, 24)
     expected = lloyd(backend, x, centroids, *[None] * 4, True)
     for threads in thread_counts(backend):
         torch.set_num_threads(threads)
-        found = lloyd(backend, x, centroids, *[None] * 4, True, basis, previous)
+        found = lloyd(backend, x, centroids, *[None] * 4, True, previous, 24)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     spread = previous.repeat_interleave(2, dim=1)[:, ::2]
     for other_x, other_c in zip(strided_views(x), strided_views(centroids), strict=True):
-        found = lloyd(backend, other_x, other_c, *[None] * 4, True, basis.mT.clone().mT, spread)
+        found = lloyd(backend, other_x, other_c, *[None] * 4, True, spread, 24)
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
 
@@ -235,37 +221,26 @@ def test_threads_and_layouts(backend):
 @pytest.mark.usefixtures("poisoned_memory")
 def test_every_output_is_written(backend):
     x, centroids, previous = clusters(batch=5)
-    basis = leading_basis(centroids, 24)
-    assert_the_same(backend, x, centroids, basis, previous)
+    assert_the_same(backend, x, centroids, previous)
 
 
 def test_16_bit_rows(backend):
-    """They take no notice of a basis, which is fp32."""
     x, centroids, previous = clusters()
-    basis = leading_basis(centroids, 24)
     for dtype in (torch.bfloat16, torch.float16):
-        assert_the_same(backend, x.to(dtype), centroids.to(dtype), basis, previous)
+        assert_the_same(backend, x.to(dtype), centroids.to(dtype), previous)
 
 
-def test_leading_basis():
-    """Orthonormal, and nearly as much of the variance as the singular vectors have."""
-    x = spectrum(400, 96, 0, batch=3)
-    basis = leading_basis(x, 16).double()
-    assert torch.allclose(basis @ basis.mT, torch.eye(16, dtype=torch.float64), atol=1e-6)
-    away = (x - x.mean(1, keepdim=True)).double()
-    values = torch.linalg.svdvals(away).square()
-    captured = (away @ basis.mT).square().sum((1, 2))
-    assert torch.all(captured > 0.98 * values[:, :16].sum(1))
-
-
-def test_where_there_is_a_basis():
-    assert basis_for(50000, torch.randn(1, 1000, 768)).shape == (1, 72, 768)
-    assert basis_for(50000, torch.randn(2, 100, 768)).shape == (2, 16, 768)
-    assert basis_for(10000, torch.randn(1, 1000, 768)) is None
-    assert basis_for(50000, torch.randn(1, 60, 768)) is None
-    assert basis_for(50000, torch.randn(1, 256, 64)) is None
-    assert basis_for(50000, torch.randn(1, 1000, 768, dtype=torch.float64)) is None
-    assert basis_for(50000, torch.full((1, 1000, 768), 1e30)) is None
+def test_columns():
+    """About a sixth of the work, and none where that is not worth it."""
+    x = torch.zeros(1, 1, 1)
+    assert projection_columns(x.expand(1, 50000, 768), 1000) == 72
+    assert projection_columns(x.expand(3, 50000, 768), 100) == 16
+    assert projection_columns(x.expand(1, 50000, 4096), 8192) == 96
+    assert projection_columns(x.expand(1, 10000, 768), 1000) == 0
+    assert projection_columns(x.expand(1, 50000, 768), 60) == 0
+    assert projection_columns(x.expand(1, 50000, 64), 256) == 0
+    assert projection_columns(x.double().expand(1, 50000, 768), 1000) == 0
+    assert projection_columns(x.to("meta").expand(1, 50000, 768), 1000) == 0
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
@@ -274,30 +249,19 @@ def test_kmeans_is_the_same_with_and_without(backend, metric, monkeypatch):
     options = {"init": x[:, :60].clone(), "max_iter": 12, "metric": metric, "tol": 1e-3}
     options["backend"] = backend
     plain = batched_kmeans(x, 60, **options)
-    used = []
-
-    def basis_of(rows, centroids):
-        used.append((rows, *centroids.shape))
-        return leading_basis(centroids, 12)
-
-    monkeypatch.setattr(iterations, "basis_for", basis_of)
+    monkeypatch.setattr(problem, "projection_columns", lambda *_: 12)
     found = batched_kmeans(x, 60, **options)
-    assert used == [(900, 2, 60, 64)]
     assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
 
 
 def test_errors():
     x, centroids, previous = clusters()
-    basis = leading_basis(centroids, 8)
-    call = {"x": x, "centroids": centroids, "basis": basis, "previous": previous}
+    call = {"x": x, "centroids": centroids, "previous": previous, "columns": 8}
     for change, message in (
-        ({"basis": None}, "together"),
-        ({"previous": None}, "together"),
-        ({"basis": basis[0]}, "basis must"),
-        ({"basis": basis[:, :, 1:]}, "basis must"),
-        ({"basis": basis.double()}, "basis must"),
         ({"previous": previous[:, 1:]}, "previous must"),
         ({"previous": previous.int()}, "previous must"),
+        ({"columns": 0}, f"columns must be between 1 and the number of centroids, {K}; got 0"),
+        ({"columns": K + 1}, "columns must be"),
     ):
-        with pytest.raises((ValueError, TypeError), match=message):
+        with pytest.raises(ValueError, match=message):
             ops.lloyd(**{**call, **change})

@@ -23,15 +23,14 @@ struct Nearest {
     const float* centroid_scale;  // [B, K] or null
     const float* weight;          // [B, N] or null: 1
     const std::int64_t* lengths;  // [B] or null: N. Rows from there on get label -1, distance 0
-    // For speed alone, both or neither: what captures most of the centroids, and what was nearest
-    // to the rows before.
-    std::int64_t p;                // columns of the basis
-    const float* basis;            // [B, P, D] or null, orthonormal
+    // For speed alone: what was nearest to the rows before, and how many columns of the centroids'
+    // leading directions may rule others out, 1 to K.
     const std::int64_t* previous;  // [B, N] or null
-    std::int64_t* labels;          // [B, N]
-    float* distances;              // [B, N] or null: |u_i - v_label|^2
-    double* sums;                  // [B, K, D] or null; zeroed by the caller, as counts
-    double* counts;                // [B, K] or null
+    std::int64_t columns;
+    std::int64_t* labels;  // [B, N]
+    float* distances;      // [B, N] or null: |u_i - v_label|^2
+    double* sums;          // [B, K, D] or null; zeroed by the caller, as counts
+    double* counts;        // [B, K] or null
     int threads;
     void* workspace;
 };

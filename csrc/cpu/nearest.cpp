@@ -41,7 +41,7 @@ class NearestRun {
   private:
     void take_problem(Arena& arena) {
         take_centroids(arena, c_.k, c_.d, centroids_, screens(c_.k, c_.d));
-        take_projection(arena, PrunedRows::prunes(c_) ? c_.p : 0, c_.k, c_.d, projection_);
+        take_projection(arena, PrunedRows::prunes(c_) ? c_.columns : 0, c_.k, c_.d, projection_);
     }
     void take_own(Arena& arena) {
         if (alone_) take_problem(arena);
@@ -78,10 +78,8 @@ class NearestRun {
             if (centroids_.rounded != nullptr)
                 pack_screen(centroids_, c_.dtype, team, buffer_, values_);
 #endif
-            if (projection_.columns > 0) {
-                projection_.rows = c_.basis + b * c_.p * c_.d;
-                rows_.pack_projection(projection_, centroids_, team);
-            }
+            if (projection_.columns() > 0)
+                rows_.pack_projection(projection_, centroids_, team, buffer_, values_);
             blocks<FloatPath>(b, length, team, tickets, base);
         }
         // The next problem's centroids take the place of these.

@@ -3,8 +3,8 @@
 //
 // Rows ride on the vector lanes, so the best score, its index and the runner-up are kept lane by
 // lane. Where the two best scores are closer than what their roundings can amount to, exact_rows.h
-// decides; with many centroids a screen (screen.h) goes before, and with a basis a projection
-// (projection.h) before both.
+// decides; with many centroids a screen (screen.h) goes before, and with labels to start from a
+// projection (projection.h) before both.
 
 #include "cpu/kernels.h"
 #include "cpu/pruned_rows.h"
@@ -36,8 +36,10 @@ class NearestRows {
         pruned_.begin();
         screen_.begin();
     }
-    void pack_projection(Projection& p, const Centroids& c, Team* team) {
-        pruned_.pack(p, c, team, packed_[0]);
+    // `buffer` and `values` hold round_up(d, 64) floats each.
+    void pack_projection(Projection& p, const Centroids& c, Team* team, float* buffer,
+                         float* values) {
+        pruned_.pack(p, c, team, packed_[0], buffer, values);
     }
     // Blocks of LANES rows that are taken at a time, of `blocks` shared by `threads`.
     int64_t unit(int64_t blocks, int threads) const {

@@ -6,7 +6,7 @@
 // lie near the directions in which the rows differ most, so |v'| is small: with a variance that
 // falls as 1 / j over 768 columns, 64 of them rule out 95% of 1000 centroids.
 
-#include "cpu/queries.h"
+#include "cpu/basis.h"
 
 namespace ssl_fast {
 namespace {
@@ -17,39 +17,27 @@ constexpr bool HAS_PROJECTION = false;
 #else
 constexpr bool HAS_PROJECTION = true;
 #endif
-// |P P^t - 1| of a basis that is taken for orthonormal; up to that its error is in the bounds.
+// |P P^t - 1| of a basis that is taken for orthonormal; up to that its error is in the bounds, and
+// without its rows of zeros.
 constexpr double BASIS_ERROR = 1e-3;
 
 struct Projection {
-    int64_t columns;    // P, of the basis
-    const float* rows;  // [P, D], as given
-    float* basis;       // [panel][...] as keys of D columns
-    float* centroids;   // [panel][...] as keys of P + 1 columns
-    double* error;      // [P] sums of a row of |P P^t - 1|
-    float rounded;      // see residual_of
+    Basis basis;
+    float* centroids;  // [panel][...] as keys of P + 1 columns
+    float rounded;     // see residual_of
     float anchor_norm;
     bool serves;
 
-    int64_t depth() const { return columns + 1; }
+    int64_t columns() const { return basis.columns; }
+    int64_t depth() const { return basis.columns + 1; }
 };
 
 inline void take_projection(Arena& arena, int64_t columns, int64_t k, int64_t d, Projection& p) {
-    p.columns = columns;
     p.serves = false;
+    p.basis.columns = columns;
     if (columns == 0) return;
-    p.basis = arena.take<float>(round_up(columns, FloatPath::PANEL) * d);
+    take_basis(arena, columns, d, p.basis);
     p.centroids = arena.take<float>(round_up(k, FloatPath::PANEL) * p.depth());
-    p.error = arena.take<double>(columns);
-}
-
-inline double wide_dot(const float* x, const float* y, int64_t d) {
-    double parts[8] = {};
-    int64_t e = 0;
-    for (; e + 8 <= d; e += 8)
-        for (int j = 0; j < 8; ++j) parts[j] += static_cast<double>(x[e + j]) * y[e + j];
-    for (int j = 0; e < d; ++e, ++j) parts[j] += static_cast<double>(x[e]) * y[e];
-    return ((parts[0] + parts[1]) + (parts[2] + parts[3])) +
-           ((parts[4] + parts[5]) + (parts[6] + parts[7]));
 }
 
 // |u'|^2 with room for all roundings: with Q the orthonormal factor of P, at most |P P^t - 1| apart
@@ -64,19 +52,17 @@ inline Vec residual_of(const Projection& p, Vec square, Vec projected) {
 
 // [D][LANES] -> [P + 1][LANES]. A row whose square is out of range becomes one that no bound rules
 // out.
-inline void project(const Projection& p, int64_t d, const Queries& q, float* out) {
-    for (int64_t i = 0; i < p.columns; i += FloatPath::PANEL)
-        float_panel(p.basis + i * d, static_cast<int>(smaller(FloatPath::PANEL, p.columns - i)), d,
-                    q.packed, out + i * LANES);
+inline void project(const Projection& p, const Queries& q, float* out) {
+    multiply_basis(p.basis, q.packed, out);
     const Vec limit = broadcast(HUGE_SQUARE);
     for (int v = 0; v < LANES; v += WIDTH) {
         Vec sum = broadcast(0.0f);
-        for (int64_t i = 0; i < p.columns; ++i) {
+        for (int64_t i = 0; i < p.columns(); ++i) {
             const Vec value = load(out + i * LANES + v);
             sum = fma(value, value, sum);
         }
         const Vec square = load(q.square + v), left = residual_of(p, square, sum);
-        float* last = out + p.columns * LANES + v;
+        float* last = out + p.columns() * LANES + v;
         store(last, left);
         for (int lane = 0; lane < WIDTH; ++lane)
             last[lane] = 1.000001f * __builtin_sqrtf(last[lane]);
@@ -85,29 +71,17 @@ inline void project(const Projection& p, int64_t d, const Queries& q, float* out
     }
 }
 
-// The basis, packed and held against an orthonormal one. A barrier must follow.
-inline void pack_basis(Projection& p, int64_t d, const Team& team) {
-    for (int64_t i = team.rank; i < p.columns; i += team.size) {
-        FloatPath::pack_key(p.rows + i * d, 1.0f, i, d, p.basis);
-        double error = 0.0;
-        for (int64_t j = 0; j < p.columns; ++j)
-            error +=
-                __builtin_fabs(wide_dot(p.rows + i * d, p.rows + j * d, d) - (i == j ? 1.0 : 0.0));
-        p.error[i] = error;
-    }
-}
-
 // What every member decides alike once the basis is packed.
 inline void bound_projection(Projection& p, const Centroids& c) {
     double error = 0.0, anchor = 0.0;
     p.serves = true;
-    for (int64_t i = 0; i < p.columns; ++i) {
-        error = p.error[i] > error ? p.error[i] : error;
-        p.serves = p.serves && p.error[i] < BASIS_ERROR;
+    for (int64_t i = 0; i < p.columns(); ++i) {
+        error = p.basis.error[i] > error ? p.basis.error[i] : error;
+        p.serves = p.serves && p.basis.error[i] < BASIS_ERROR;
     }
     if (c.anchored) anchor = wide_dot(c.anchor, c.anchor, c.d);
     p.anchor_norm = 1.00001f * __builtin_sqrtf(static_cast<float>(anchor));
-    const auto d = static_cast<float>(c.d), columns = static_cast<float>(p.columns);
+    const auto d = static_cast<float>(c.d), columns = static_cast<float>(p.columns());
     const float off =
         6.1e-8f * (d + 2.0f) * __builtin_sqrtf(columns) + 1.01f * static_cast<float>(error);
     // Both chains of P multiply-adds and the squares' own roundings are in the second term.
@@ -120,7 +94,7 @@ inline void project_centroids(const Projection& p, const Centroids& c, Dtype dty
                               float* staged, Queries& q, float* out, float* values) {
     const int count = static_cast<int>(smaller(LANES, c.k - first));
     pack_queries<FloatPath>(c.rows, dtype, c.given, {first, nullptr, count}, c, staged, q);
-    project(p, c.d, q, out);
+    project(p, q, out);
     for (int lane = 0; lane < count; ++lane) {
         for (int64_t i = 0; i < p.depth(); ++i) values[i] = out[i * LANES + lane];
         FloatPath::pack_key(values, 1.0f, first + lane, p.depth(), p.centroids);

@@ -14,21 +14,23 @@ class PrunedRows {
     PrunedRows(const Nearest& call, ExactRows& exact)
         : c_(call), exact_(exact), serves_(prunes(call)) {
         const auto k = static_cast<float>(c_.k), d = static_cast<float>(c_.d);
-        const auto columns = static_cast<float>(c_.p);
+        const auto columns = static_cast<float>(c_.columns);
         share_ = (WORTH - columns / k - columns / d) / (PAIR_COLUMN + PAIR / d);
     }
 
     static bool prunes(const Nearest& call) {
-        return HAS_PROJECTION && call.basis != nullptr && call.dtype == Dtype::float32;
+        return HAS_PROJECTION && call.previous != nullptr && call.dtype == Dtype::float32;
     }
 
     void take(Arena& arena, int64_t unit) {
         if (!serves_) return;
         for (int64_t s = 0; s < unit; ++s) {
             block_[s] = arena.take<Block>(1);
-            projected_[s] = arena.take<float>((c_.p + 1) * LANES);
+            projected_[s] = arena.take<float>((c_.columns + 1) * LANES);
         }
-        values_ = arena.take<float>(c_.p + 1);
+        values_ = arena.take<float>(c_.columns + 1);
+        tile_ = arena.take<float>(LANES * LANES);
+        sums_ = arena.take<float>(c_.columns * round_up(c_.d, LANES));
     }
     void begin() {
         skipped_ = 0;
@@ -36,13 +38,12 @@ class PrunedRows {
     }
 
     // Packs a problem's projection, by all members of a team; ends with a barrier.
-    void pack(Projection& p, const Centroids& c, Team* team, float* packed) {
-        pack_basis(p, c.d, *team);
-        team_barrier(team);
+    void pack(Projection& p, const Centroids& c, Team* team, float* packed, float* buffer,
+              float* values) {
+        make_basis(p.basis, c, team, packed, buffer, values);
         bound_projection(p, c);
         if (!p.serves) return;
         Queries& queries = block_[0]->queries;
-        queries.packed = packed;
         for (int64_t k = team->rank * LANES; k < c.k; k += team->size * LANES)
             project_centroids(p, c, c_.dtype, k, exact_.staged, queries, projected_[0], values_);
         team_barrier(team);
@@ -68,7 +69,7 @@ class PrunedRows {
             const auto count = static_cast<int>(smaller(LANES, end - row));
             pack_queries<FloatPath>(p.x, c_.dtype, p.x_scale, {row, nullptr, count}, c,
                                     exact_.staged, block.queries);
-            project(projection, c.d, block.queries, projected_[s]);
+            project(projection, block.queries, projected_[s]);
             measure_previous(p, c, row, count, block);
         }
         const int64_t panels = ceil_div(c.k, FloatPath::PANEL);
@@ -109,6 +110,32 @@ class PrunedRows {
         alignas(64) float best[LANES], second[LANES];  // distances
         int64_t label[LANES], before[LANES];
     };
+
+    void make_basis(const Basis& b, const Centroids& c, Team* team, float* packed, float* buffer,
+                    float* values) {
+        pack_start(b, c, c_.dtype, *team, buffer, values);
+        team_barrier(team);
+        Queries& queries = block_[0]->queries;
+        queries.packed = packed;
+        __builtin_memset(sums_, 0, b.columns * b.padded() * sizeof(float));
+        for (int64_t k = team->rank * LANES; k < c.k; k += team->size * LANES) {
+            const auto count = static_cast<int>(smaller(LANES, c.k - k));
+            pack_queries<FloatPath>(c.rows, c_.dtype, c.given, {k, nullptr, count}, c,
+                                    exact_.staged, queries);
+            add_step(b, packed, projected_[0], tile_, sums_);
+        }
+        for (int turn = 0; turn < team->size; ++turn) {
+            if (turn == team->rank)
+                for (int64_t e = 0; e < b.columns * b.padded(); ++e)
+                    b.rows[e] = turn == 0 ? sums_[e] : b.rows[e] + sums_[e];
+            team_barrier(team);
+        }
+        if (team->rank == 0)
+            for (int64_t i = 0; i < b.columns; ++i) orthonormalize(b, i);
+        team_barrier(team);
+        for (int64_t i = team->rank; i < b.columns; i += team->size) pack_row(b, i);
+        team_barrier(team);
+    }
 
     float distance(const Problem& p, const Centroids& c, int64_t i, int64_t k) const {
         return squared_distance(reinterpret_cast<const float*>(row_at(p.x, c_.dtype, i)),
@@ -216,7 +243,7 @@ class PrunedRows {
     bool trusted_ = false;
     Block* block_[MAX_UNIT];
     float* projected_[MAX_UNIT];
-    float* values_;
+    float *values_, *tile_, *sums_;
 };
 
 }  // namespace

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ssl_fast.backends.reference.pairs import accumulation_dtype
 from ssl_fast.backends.reference.sums import row_squares
-from ssl_fast.cluster.basis import basis_for
 from ssl_fast.cluster.empty import farthest, relocate, split
 from ssl_fast.cluster.problem import Problem, means
 from ssl_fast.cluster.rows import parts
@@ -128,7 +127,7 @@ def run(
     everywhere = True
     watched = rules.callback is not None
     for iteration in range(1, rules.max_iter + 1):
-        previous = None if problem.basis is None else labels
+        previous = problem.hint(labels, centroids)
         if everywhere:
             labels = counts = None  # frees the labels before the new ones are made
         lengths = problem.lengths if everywhere else torch.where(active, full, 0)
@@ -142,8 +141,6 @@ def run(
         shift, changed = shift_of(new, centroids)
         moved = torch.where(active, changed, moved)
         centroids = new if everywhere else torch.where(active[:, None, None], new, centroids)
-        if iteration == 1:
-            problem = problem._replace(basis=basis_for(x.shape[1], centroids))
         n_iter = n_iter + active
         if rules.callback is not None:
             inertia = _keep(active, problem.total(distances), inertia)
@@ -174,7 +171,7 @@ def _finish(
     distances = None
     if number or labels is None or counts is None:
         everywhere = number == len(moved)
-        previous = None if problem.basis is None else labels
+        previous = problem.hint(labels, centroids)
         if everywhere:
             labels = counts = None
         lengths = problem.lengths if everywhere else torch.where(moved, full, 0)

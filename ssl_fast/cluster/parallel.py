@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssl_fast.backends.reference.pairs import accumulation_dtype
-from ssl_fast.cluster.basis import basis_for
 from ssl_fast.cluster.batched import check_callback, check_generator
 from ssl_fast.cluster.checks import (
     accept_rows,
@@ -57,10 +56,8 @@ class _Shards:
         return torch.cat(parts)
 
     def sums(self, centroids: Tensor) -> Sums:
-        previous = self.labels if self.labels.dim() == 2 else None
-        if previous is not None and self.problem.basis is None:
-            basis = basis_for(previous.shape[1], centroids[None])
-            self.problem = self.problem._replace(basis=basis)
+        known = self.labels if self.labels.dim() == 2 else None
+        previous = self.problem.hint(known, centroids[None])
         labels, distances, sums, counts = self.problem.lloyd(
             centroids[None], None, distances=True, previous=previous
         )

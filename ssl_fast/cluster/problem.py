@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssl_fast.backends.reference.pairs import accumulation_dtype
 from ssl_fast.backends.reference.sums import ordered_sum, row_squares
+from ssl_fast.cluster.projection import projection_columns
 from ssl_fast.cluster.rows import (
     inverse_norms,
     parts,
@@ -37,7 +38,6 @@ class Problem(NamedTuple):
     weight: Tensor | None  # [B, N]
     lengths: Tensor | None  # [B]
     backend: str | None
-    basis: Tensor | None = None  # [B, P, D] of the centroids, by which ``lloyd`` may be faster
 
     @classmethod
     def of(
@@ -80,14 +80,22 @@ class Problem(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Labels, squared distances, and the sums and counts of the clusters.
 
-        The labels of a pass before may make it faster, where there is a basis.
+        ``previous`` is what ``hint`` gives.
         """
-        basis = None if previous is None else self.basis
         return nearest_op.lloyd(
             self.x, centroids, x_scale=self.x_scale, weight=self.weight, lengths=lengths,
-            centroid_scale=self.centroid_scale(centroids), distances=distances, basis=basis,
-            previous=None if basis is None else previous, backend=self.backend,
+            centroid_scale=self.centroid_scale(centroids), distances=distances,
+            previous=previous, columns=projection_columns(self.x, centroids.shape[1]),
+            backend=self.backend,
         )  # fmt: skip
+
+    def hint(
+        self,
+        labels: Tensor | None,  # [B, N]
+        centroids: Tensor,  # [B, K, D]
+    ) -> Tensor | None:
+        """The labels of a pass before where they may make the next one faster, else None."""
+        return labels if projection_columns(self.x, centroids.shape[1]) > 0 else None
 
     def distances_to(
         self,

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssl_fast.cluster.basis import basis_for
 from ssl_fast.cluster.centering import worth_centering
 from ssl_fast.cluster.empty import Farthest, farthest
 from ssl_fast.cluster.estimator import WIDE, FitIteration, Rows, is_array
@@ -43,7 +42,6 @@ class _Batches:
         self.mean: Tensor | None = None  # what is taken from all rows
         self.total = 0
         self.labels: list[Tensor] = []
-        self.basis: Tensor | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
         """Each batch's rows [n, D] less the mean."""
@@ -73,18 +71,17 @@ class _Batches:
 
     def sums(self, centroids: Tensor) -> Sums:
         """A pass that assigns the rows and adds them up."""
-        if self.labels and self.basis is None:
-            self.basis = basis_for(len(self.labels[0]), centroids[None])
         known, self.labels = iter(self.labels), []
         sums = torch.zeros_like(centroids, dtype=torch.float64)
         counts = sums.new_zeros(len(sums))
         inertia = sums.new_zeros(())
         for x in self:
-            problem = self.model._problem(x)._replace(basis=self.basis)
+            problem = self.model._problem(x)
             previous = next(known, None)
             if previous is not None:
                 # Of batches in another order they are a poor hint, no more.
-                previous = previous[None].long() if len(previous) == len(x) else None
+                fits = len(previous) == len(x)
+                previous = problem.hint(previous[None].long() if fits else None, centroids[None])
             labels, distances, more, rows = problem.lloyd(
                 centroids[None], None, distances=True, previous=previous
             )

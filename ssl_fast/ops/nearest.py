@@ -34,17 +34,17 @@ def _check(
 
 
 def _check_lloyd(*arguments: Any) -> None:
-    *scaled, weight, lengths, distances, basis, previous = arguments
+    *scaled, weight, lengths, distances, previous, columns = arguments
     check: Any = _check
     check(*scaled, lengths, distances)
     x = scaled[0]
     check_tensor("weight", weight, x.shape[:2], accumulation_dtype(x), x)
-    if (basis is None) != (previous is None):
-        raise ValueError("basis and previous are given together or not at all")
-    if basis is not None:
-        columns = basis.shape[1] if basis.dim() == 3 else -1
-        check_tensor("basis", basis, (x.shape[0], columns, x.shape[2]), accumulation_dtype(x), x)
-        check_tensor("previous", previous, x.shape[:2], torch.int64, x)
+    check_tensor("previous", previous, x.shape[:2], torch.int64, x)
+    clusters = scaled[1].shape[1]
+    if previous is not None and not 1 <= columns <= clusters:
+        raise ValueError(
+            f"columns must be between 1 and the number of centroids, {clusters}; got {columns}"
+        )
 
 
 def _fake_nearest(x: Tensor, *rest: Any, **_: str) -> tuple[Tensor, Tensor]:
@@ -56,7 +56,7 @@ def _fake_nearest(x: Tensor, *rest: Any, **_: str) -> tuple[Tensor, Tensor]:
 def _fake_lloyd(
     x: Tensor, centroids: Tensor, *rest: Any, **_: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *scaled, _basis, _previous = rest
+    *scaled, _previous, _columns = rest
     return (
         *_fake_nearest(x, *scaled),
         x.new_empty(centroids.shape, dtype=torch.float64),
@@ -71,8 +71,8 @@ _nearest = register(
     _fake_nearest,
 )
 _lloyd = register(
-    f"lloyd({_SCALED}, Tensor? weight, Tensor? lengths, bool distances, Tensor? basis, "
-    'Tensor? previous, *, str backend="") -> (Tensor, Tensor, Tensor, Tensor)',
+    f"lloyd({_SCALED}, Tensor? weight, Tensor? lengths, bool distances, Tensor? previous, "
+    'int columns, *, str backend="") -> (Tensor, Tensor, Tensor, Tensor)',
     implementation("lloyd", 1, "nearest", _check_lloyd),
     _fake_lloyd,
 )
@@ -111,8 +111,8 @@ def lloyd(
     weight: Tensor | None = None,  # [B, N]
     lengths: Tensor | None = None,  # [B]
     distances: bool = True,
-    basis: Tensor | None = None,  # [B, P, D]
     previous: Tensor | None = None,  # [B, N]
+    columns: int = 1,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``nearest(...)`` and ``centroid_update`` of its labels in one pass over x.
@@ -120,13 +120,12 @@ def lloyd(
     Gives labels, squared_distances, sums [B, K, D] and counts [B, K], the last two in float64. One
     step of Lloyd, Least squares quantization in PCM (1982); the division is the caller's.
 
-    ``basis`` and ``previous``, given together, change the speed alone: orthonormal rows that span
-    most of what the centroids differ in, and the labels that the rows had before. A backend may
-    then rule centroids out by their distance in the basis.
+    ``previous`` and ``columns`` change the speed alone: with the labels that the rows had before, a
+    backend may rule centroids out by their distance in so many of their leading directions.
     """
     with torch.no_grad():
         found: tuple[Tensor, Tensor, Tensor, Tensor] = _lloyd(
-            x, centroids, x_scale, centroid_scale, weight, lengths, distances, basis, previous,
+            x, centroids, x_scale, centroid_scale, weight, lengths, distances, previous, columns,
             backend=backend or "",
         )  # fmt: skip
     return found

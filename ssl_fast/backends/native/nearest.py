@@ -23,8 +23,8 @@ def _assign(
     weight: Tensor | None,  # [B, N]
     lengths: Tensor | None,  # [B]
     distances: bool,
-    basis: Tensor | None,  # [B, P, D]
     previous: Tensor | None,  # [B, N]
+    columns: int,
     written: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
     (b, n, d), k = x.shape, centroids.shape[1]
@@ -32,14 +32,12 @@ def _assign(
     check("centroids", centroids, (b, k, d), x.dtype)
     # Contiguous copies must outlive the call: they are held by these names.
     x, centroids = batch_of(x), batch_of(centroids)
-    columns = 0 if basis is None else basis.shape[1]
     held = hold_batch(
         {
             "x_scale": (x_scale, (b, n), torch.float32),
             "centroid_scale": (centroid_scale, (b, k), torch.float32),
             "weight": (weight, (b, n), torch.float32),
             "lengths": (lengths, (b,), torch.int64),
-            "basis": (basis, (b, columns, d), torch.float32),
             "previous": (previous, (b, n), torch.int64),
         }
     )
@@ -72,7 +70,7 @@ def nearest(
     distances: bool,
 ) -> tuple[Tensor, Tensor]:
     """Labels and, where asked for, squared distances in one product."""
-    return _assign(x, centroids, x_scale, centroid_scale, None, lengths, distances, None, None, {})
+    return _assign(x, centroids, x_scale, centroid_scale, None, lengths, distances, None, 0, {})
 
 
 def lloyd(
@@ -83,14 +81,14 @@ def lloyd(
     weight: Tensor | None,  # [B, N]
     lengths: Tensor | None,  # [B]
     distances: bool,
-    basis: Tensor | None = None,  # [B, P, D]
     previous: Tensor | None = None,  # [B, N]
+    columns: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same, and the clusters' sums and counts while the rows are in cache."""
     sums = torch.zeros(centroids.shape, dtype=torch.float64)
     counts = torch.zeros(centroids.shape[:2], dtype=torch.float64)
     labels, squared = _assign(
-        x, centroids, x_scale, centroid_scale, weight, lengths, distances, basis, previous,
+        x, centroids, x_scale, centroid_scale, weight, lengths, distances, previous, columns,
         {"sums": sums, "counts": counts},
     )  # fmt: skip
     return labels, squared, sums, counts

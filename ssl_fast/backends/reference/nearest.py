@@ -121,7 +121,7 @@ def lloyd(
     weight: Tensor | None,  # [B, N]
     lengths: Tensor | None,  # [B]
     distances: bool,
-    *_hints: Tensor | None,  # basis [B, P, D] and previous [B, N], of no use here
+    *_hints: Tensor | int | None,  # previous [B, N] and columns, of no use here
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``nearest`` and then ``centroid_update`` of its labels: labels, distances, sums, counts."""
     labels, squared = nearest(x, centroids, x_scale, centroid_scale, lengths, distances)
