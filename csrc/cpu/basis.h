@@ -2,8 +2,8 @@
 // An orthonormal basis of the directions in which centroids reach farthest.
 //
 // One step of subspace iteration from some of the centroids themselves: Y = (S V^t) V, whose rows
-// are then made orthonormal. A second step gained nothing on spectra that fall as 1 / j^(1/2) to
-// 1 / j^(8/5).
+// are then made orthonormal. Over ten passes of lloyd whose rows had variances of 1 / j or
+// 1 / j^(8/5), a second step gained nothing on average. [AMD EPYC, Zen 3, 2026-11-27]
 
 #include "cpu/queries.h"
 

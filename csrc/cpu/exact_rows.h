@@ -6,7 +6,7 @@
 // whatever the instruction set, the blocks or the order of the sums.
 
 #include "core/clustering.h"
-#include "cpu/projection.h"
+#include "cpu/queries.h"
 
 namespace ssl_fast {
 namespace {
@@ -15,6 +15,8 @@ namespace {
 // a product of LANES rows.
 constexpr int FEW_FP32 = 8, FEW_BF16 = 2;
 
+struct Projection;  // projection.h
+
 struct Problem {
     Rows x;
     const float* x_scale;     // [N] or null
@@ -22,6 +24,32 @@ struct Problem {
     const Projection* projection;
     int64_t* labels;   // [N]
     float* distances;  // [N] or null
+};
+
+// Whether a way of ruling centroids out is taken: LANES rows are tried before whole units are, and
+// some units are spared after rows that it was no use for. It must not cost much where it does not
+// pay.
+class Trial {
+  public:
+    explicit Trial(int64_t spared) : spared_(spared) {}
+    void begin() {
+        left_ = 0;
+        trusted_ = false;
+    }
+    // How many of the next `rows` rows are tried.
+    int64_t share(int64_t rows) {
+        if (--left_ >= 0) return 0;
+        return trusted_ ? rows : smaller(rows, LANES);
+    }
+    void end(bool useful) {
+        trusted_ = useful;
+        if (!useful) left_ = spared_;
+    }
+
+  private:
+    const int64_t spared_;  // units
+    int64_t left_ = 0;
+    bool trusted_ = false;
 };
 
 // A score's error: a chain of multiply-adds errs by eps at each partial sum, |u_1..j| |v_1..j|

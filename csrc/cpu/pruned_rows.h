@@ -5,6 +5,7 @@
 // must score above. The few whose bounds do are measured in full.
 
 #include "cpu/exact_rows.h"
+#include "cpu/projection.h"
 
 namespace ssl_fast {
 namespace {
@@ -32,10 +33,7 @@ class PrunedRows {
         tile_ = arena.take<float>(LANES * LANES);
         sums_ = arena.take<float>(c_.columns * round_up(c_.d, LANES));
     }
-    void begin() {
-        skipped_ = 0;
-        trusted_ = false;
-    }
+    void begin() { trial_.begin(); }
 
     // Packs a problem's projection, by all members of a team; ends with a barrier.
     void pack(Projection& p, const Centroids& c, Team* team, float* packed, float* buffer,
@@ -51,8 +49,7 @@ class PrunedRows {
 
     // How many of the next `rows` rows are tried.
     int64_t share(const Problem& p, int64_t rows) {
-        if (!serves_ || !p.projection->serves || --skipped_ >= 0) return 0;
-        return trusted_ ? rows : smaller(rows, LANES);
+        return serves_ && p.projection->serves ? trial_.share(rows) : 0;
     }
 
     // As NearestRows::assign, with packed rows in `packed`; false where too little is ruled out,
@@ -84,12 +81,12 @@ class PrunedRows {
                     float_panel(projection.centroids + k * depth, rows, depth, projected_[s],
                                 exact_.tile);
                     measure_candidates(p, c, first + s * LANES, k, rows, *block_[s]);
-                    trusted_ = left_ >= 0;
-                    if (trusted_) continue;
-                    skipped_ = SKIPPED_UNITS;
+                    if (left_ >= 0) continue;
+                    trial_.end(false);
                     return false;
                 }
             }
+        trial_.end(true);
         for (int64_t s = 0; s < blocks; ++s) decide(p, c, first + s * LANES, end, *block_[s]);
         return true;
     }
@@ -97,11 +94,11 @@ class PrunedRows {
   private:
     // Of a product of all columns, what the projection and the measured pairs may cost together. A
     // pair takes as long as so many multiply-adds of the product for each column, and so many
-    // besides. [least squares over 54 shapes; AMD EPYC, Zen 3, 2026-11-27; half of the rest for
+    // besides. [least squares over 54 passes; AMD EPYC, Zen 3, 2026-11-27; half of the rest for
     // the screen, not measured]
     static constexpr float WORTH = HAS_BF16 ? 0.35f : 0.75f, PAIR_COLUMN = 1.8f, PAIR = 550.0f;
     // Units that are not tried after one that was given up.
-    static constexpr int64_t SKIPPED_UNITS = 63;
+    static constexpr int64_t SPARED_UNITS = 63;
 
     struct Block {
         Queries queries;
@@ -238,9 +235,9 @@ class PrunedRows {
     const Nearest& c_;
     ExactRows& exact_;
     const bool serves_;
-    float share_;  // of all pairs, that may be measured
-    int64_t skipped_ = 0, left_ = 0;
-    bool trusted_ = false;
+    float share_;       // of all pairs, that may be measured
+    int64_t left_ = 0;  // pairs that may still be measured
+    Trial trial_{SPARED_UNITS};
     Block* block_[MAX_UNIT];
     float* projected_[MAX_UNIT];
     float *values_, *tile_, *sums_;

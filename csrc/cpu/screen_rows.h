@@ -9,9 +9,8 @@ namespace {
 
 #if defined(__AVX512BF16__)
 
-// Units that are not screened after rows that the screen has left undecided. LANES rows are tried
-// before it is trusted with whole units: it must not cost much where it does not pay.
-constexpr int64_t SKIPPED_UNITS = 31;
+// Units that are not screened after rows that the screen has left undecided.
+constexpr int64_t SPARED_BY_SCREEN = 31;
 
 class ScreenRows {
   public:
@@ -23,15 +22,9 @@ class ScreenRows {
         for (int64_t s = 0; s < unit; ++s) block_[s] = arena.take<Screened>(1);
         wide_ = arena.take<float>(c_.d * LANES);
     }
-    void begin() {
-        skipped_ = 0;
-        trusted_ = false;
-    }
+    void begin() { trial_.begin(); }
     // How many of the next `rows` rows are screened.
-    int64_t share(int64_t rows) {
-        if (!serves_ || --skipped_ >= 0) return 0;
-        return trusted_ ? rows : smaller(rows, LANES);
-    }
+    int64_t share(int64_t rows) { return serves_ ? trial_.share(rows) : 0; }
 
     // As NearestRows::assign, with packed rows in `packed`.
     void assign(const Problem& p, const Centroids& c, int64_t first, int64_t end, Ahead ahead,
@@ -70,8 +63,7 @@ class ScreenRows {
         for (int64_t s = 0; s < blocks; ++s)
             undecided += decide_screened(p, c, first + s * LANES, end, *block_[s]);
         // A row that the screen leaves undecided costs more than one that it has not seen.
-        trusted_ = 4 * undecided <= end - first;
-        if (!trusted_) skipped_ = SKIPPED_UNITS;
+        trial_.end(4 * undecided <= end - first);
     }
 
   private:
@@ -149,8 +141,7 @@ class ScreenRows {
     const Nearest& c_;
     ExactRows& exact_;
     const bool serves_;
-    int64_t skipped_ = 0;
-    bool trusted_ = false;
+    Trial trial_{SPARED_BY_SCREEN};
     Screened* block_[MAX_UNIT];
     float* wide_;
 };

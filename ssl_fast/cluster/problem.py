@@ -91,7 +91,7 @@ class Problem(NamedTuple):
 
     def hint(
         self,
-        labels: Tensor | None,  # [B, N]
+        labels: Tensor | None,  # [..., N]
         centroids: Tensor,  # [B, K, D]
     ) -> Tensor | None:
         """The labels of a pass before where they may make the next one faster, else None."""

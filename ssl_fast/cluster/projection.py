@@ -13,7 +13,7 @@ __all__ = ["projection_columns"]
 
 # What the products of so many columns cost, as a part of a product of all. Of 8 sizes of D from 128
 # to 4096 and K from 128 to 1024 and 7 numbers of columns each, with a variance that falls as 1 / j,
-# a sixth came within 10% of the best. [AMD EPYC, Zen 3, 2026-11-27]
+# a sixth came within 16% of the best. [AMD EPYC, Zen 3, 2026-11-27]
 _SHARE = 1 / 6
 _LEAST, _MOST = 16, 96
 # Rows for each column, from which on making the basis takes less than 2% of a pass.

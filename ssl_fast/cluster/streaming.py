@@ -71,17 +71,17 @@ class _Batches:
 
     def sums(self, centroids: Tensor) -> Sums:
         """A pass that assigns the rows and adds them up."""
-        known, self.labels = iter(self.labels), []
+        # Each batch's are let go once they have been used.
+        known, self.labels = self.labels[::-1], []
         sums = torch.zeros_like(centroids, dtype=torch.float64)
         counts = sums.new_zeros(len(sums))
         inertia = sums.new_zeros(())
         for x in self:
             problem = self.model._problem(x)
-            previous = next(known, None)
+            previous = problem.hint(known.pop() if known else None, centroids[None])
             if previous is not None:
                 # Of batches in another order they are a poor hint, no more.
-                fits = len(previous) == len(x)
-                previous = problem.hint(previous[None].long() if fits else None, centroids[None])
+                previous = previous[None].long() if len(previous) == len(x) else None
             labels, distances, more, rows = problem.lloyd(
                 centroids[None], None, distances=True, previous=previous
             )
