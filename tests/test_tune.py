@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ssl_fast.backends.triton import tuning
+from ssl_fast.backends.triton import choice, measured, tuning
 from ssl_fast.backends.triton.tuning import Config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +22,7 @@ if not (ROOT / "benchmarks").is_dir():
 # Behind everything else: the checkout's ssl_fast must not shadow the installed one.
 sys.path.append(str(ROOT))
 
-from benchmarks.tune import __main__, calls, rows  # noqa: E402
+from benchmarks.tune import __main__, calls, choices, rows  # noqa: E402
 from benchmarks.tune.search import (  # noqa: E402
     COLUMNS,
     DEPTHS,
@@ -39,6 +39,7 @@ from benchmarks.tune.search import (  # noqa: E402
 
 START = Config(64, 64, 64, 8, 3)
 KEY = ("sweep", "bfloat16", 128, "sm_90")
+CHOICE = ("both_sides", "bfloat16", 128, "sm_90")
 
 
 def near(config):
@@ -182,9 +183,9 @@ class FakeRow:
 
 
 def test_rows_get_their_source_and_failures_are_named(monkeypatch, capsys):
-    keys = __main__.keys_of("sm_90", "sweep")
+    keys = __main__.keys_of(tuning.TABLE, "sm_90", "sweep")
     assert [key[2] for key in keys if key[1] == "bfloat16"] == [64, 128, 256, tuning.ANY_DEPTH]
-    assert len(__main__.keys_of("sm_90")) > len(keys)
+    assert len(__main__.keys_of(tuning.TABLE, "sm_90")) > len(keys)
     best = Config(32, 32, 32, 4, 2)
     found = [
         Outcome(best, 1.0, 2.0, {tile(START): "WRONG: result 0 is off by 1e-01"}),
@@ -209,15 +210,100 @@ def test_rows_get_their_source_and_failures_are_named(monkeypatch, capsys):
 
 
 def test_what_is_written_is_what_is_loaded(tmp_path):
-    assert tuning.from_text(tuning.as_text(tuning.TABLE)) == tuning.TABLE
-    assert tuning.from_text(tuning.as_text({})) == {}
-    shipped = tuning.from_text(tuning.MEASURED.read_text())
-    assert shipped.items() <= tuning.TABLE.items()
+    text = measured.as_text({"op": tuning.TABLE, "kind": choice.TABLE})
+    assert tuning.from_text(text) == tuning.TABLE
+    assert choice.from_text(text) == choice.TABLE
+    assert tuning.from_text(measured.as_text({"kind": choice.TABLE})) == {}
+    shipped = measured.PATH.read_text()
+    tiles, choices = tuning.from_text(shipped), choice.from_text(shipped)
+    assert tiles.items() <= tuning.TABLE.items()
+    assert choices.items() <= choice.TABLE.items()
     mine = {KEY: Config(32, 64, 128, 4, 2, source="Card X", date="2026-11-26")}
-    __main__.write(mine, tmp_path / "new" / "measured.json")
+    chosen = {CHOICE: choice.Choice(7, source="Card X", date="2026-11-26")}
+    __main__.write(mine, chosen, tmp_path / "new" / "measured.json")
     text = (tmp_path / "new" / "measured.json").read_text()
-    assert tuning.from_text(text) == {**shipped, **mine}
+    assert tuning.from_text(text) == {**tiles, **mine}
+    assert choice.from_text(text) == {**choices, **chosen}
     assert json.loads(text)[0].keys() >= {"op", "block_rows", "source", "date"}
+
+
+class FakeWays:
+    """A call that asks which way it is to go; both take as long as a model says."""
+
+    def __init__(self, spoil=0.0, key=None):
+        self.fused, self.spoil, self.key = False, spoil, key or CHOICE
+
+    def call_for(self, batch):
+        def call():
+            kind, dtype, bucket, architecture = self.key
+            shape = (batch, batch, bucket)
+            self.fused = choice.is_fused(kind, getattr(torch, dtype), shape, architecture)
+            self.batch = batch
+            return [torch.ones(3) + self.spoil * self.fused]
+
+        return call
+
+    def clock(self, call):
+        call()
+        pairs = float(self.batch) ** 2
+        return 10 + pairs * 4e-6 if self.fused else 25 + pairs * 3e-6
+
+    def row(self, batches=(256, 1024, 2048, 4096, 8192)):
+        return choices.ChoiceRow(CHOICE, self.call_for, self.clock, lambda: None, batches)
+
+
+def test_a_choice_is_cut_where_the_ways_cross():
+    before = choice.TABLE
+    crossing = FakeWays().row().crossing()
+    # a millionth of a second a pair makes up for 15 s of launches at 1.5e7 pairs, 3873 squared
+    assert crossing.most_pairs == 2048 * 4096
+    assert crossing.times[1024] == (10 + 2**20 * 4e-6, 25 + 2**20 * 3e-6)
+    assert choice.TABLE is before
+    assert FakeWays().row((16, 32)).crossing().most_pairs == choice.EVERY_SIZE.most_pairs
+    assert FakeWays().row((8192, 16384)).crossing().most_pairs == choice.NO_SIZE.most_pairs
+
+
+@pytest.mark.parametrize(
+    ("gains", "cut"),
+    [
+        ([2.0, 0.99, 1.5, 0.8], 2**7 * 2**8),
+        ([1.01, 0.5, 1.5, 0.8], 2**5 * 2**6),
+        ([0.9, 0.9], choice.NO_SIZE.most_pairs),
+        ([0.9, 1.2], choice.EVERY_SIZE.most_pairs),
+    ],
+    ids=str,
+)
+def test_a_cut_loses_least(gains, cut):
+    times = {2 ** (5 + i): (1.0, gain) for i, gain in enumerate(gains)}
+    assert choices.most_pairs(times) == cut
+
+
+def test_ways_that_differ_choose_nothing(capsys):
+    other = ("both_sides", "float16", 64, "sm_90")
+    given = {CHOICE: FakeWays(spoil=0.1).row(), other: FakeWays(key=other).row()}
+    found = __main__.choose(list(given), given.get, "Card X", float("inf"))
+    assert found[0] == {}
+    assert [text.split(":")[1] for text in found[1]] == [" WrongRowError"] * 2
+    assert "WRONG: result 0 of 256 rows is off by 1.0e-01" in found[1][0]
+    assert "does not read it" in found[1][1]
+    chosen, wrong = __main__.choose([CHOICE], lambda _: FakeWays().row(), "Card X", float("inf"))
+    today = time.strftime("%Y-%m-%d")
+    assert chosen == {CHOICE: choice.Choice(2**23, source="Card X", date=today)}
+    assert wrong == []
+    assert "1024 rows: 14194.304 ms fused, 28145.728 ms by strips" in capsys.readouterr().out
+
+
+def test_a_batch_that_does_not_fit_is_left_out():
+    ways = FakeWays()
+    row = ways.row()
+    row.call_for = lambda batch: fails if batch > 2048 else ways.call_for(batch)
+
+    def fails():
+        raise torch.cuda.OutOfMemoryError("no room")
+
+    crossing = row.crossing()
+    assert crossing.most_pairs == choice.EVERY_SIZE.most_pairs
+    assert "no room" in crossing.times[8192]
 
 
 def test_without_a_card_the_command_ends_in_2(monkeypatch, tmp_path, capsys):

@@ -1,5 +1,6 @@
-"""``python -m benchmarks.tune``: measure the tuning table's rows on the card at hand.
+"""``python -m benchmarks.tune``: measure the rows of Triton's tables on the card at hand.
 
+First the tiles of tuning.py, then, with those, up to which sizes choice.py has gradients fused.
 Writes a measured.json of this card's rows beside those that were measured on others. Put over
 ssl_fast/backends/triton/measured.json, it takes effect; the run itself changes no table.
 """
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from benchmarks import RESULTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
+    from benchmarks.tune.choices import ChoiceRow
     from benchmarks.tune.rows import Key, Row
-    from ssl_fast.backends.triton.tuning import Table
+    from ssl_fast.backends.triton import choice, tuning
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,8 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     from benchmarks.gpu import races
     from benchmarks.gpu.findings import Place
     from benchmarks.tune import calls
+    from benchmarks.tune.choices import ChoiceRow
     from benchmarks.tune.rows import Row
-    from ssl_fast.backends.triton import tuning
+    from ssl_fast.backends.triton import choice, tuning
 
     place = Place()
     card = torch.cuda.get_device_properties(0)
@@ -47,11 +50,26 @@ def main(arguments: list[str] | None = None) -> int:
         call = calls.call_of(key, place.device, place.backend, calls.Sizes())
         return Row(key, call, races.clock(place), shared, place.synchronize)
 
-    keys = keys_of(tuning.architecture_of(capability), options.only)
-    print(f"{card.name}: {len(keys)} rows", flush=True)
+    def choice_for(key: Key) -> ChoiceRow:
+        def call_for(batch: int) -> calls.Call:
+            op = calls.OF_KIND[key[0]]
+            dtype, sizes = getattr(torch, key[1]), calls.Sizes(batch=batch)
+            return calls.call_for(op, dtype, key[2], place.device, place.backend, sizes)
+
+        return ChoiceRow(key, call_for, races.clock(place), place.synchronize)
+
+    architecture = tuning.architecture_of(capability)
+    tiles = keys_of(tuning.TABLE, architecture, options.only)
+    choices = keys_of(choice.TABLE, architecture, options.only)
+    print(f"{card.name}: {len(tiles)} tiles, {len(choices)} choices", flush=True)
     deadline = time.monotonic() + options.budget
-    measured, wrong = tune(keys, row_for, card.name, deadline)
-    write(measured, options.out)
+    measured, wrong = tune(tiles, row_for, card.name, deadline)
+    chosen: choice.Table = {}
+    if answers():
+        tuning.TABLE = {**tuning.TABLE, **measured}
+        chosen, more = choose(choices, choice_for, card.name, deadline)
+        wrong += more
+    write(measured, chosen, options.out)
     return 1 if wrong else 0
 
 
@@ -63,7 +81,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=RESULTS / "measured.json", help="a file that isn't there yet"
     )
-    parser.add_argument("--only", default="", help="the op of some rows: 'sweep'")
+    parser.add_argument("--only", default="", help="the op, or kind of sums, of some rows: 'sweep'")
     parser.add_argument(
         "--budget", type=float, default=float("inf"),
         help="seconds after which no row is begun (default: all are)",
@@ -71,42 +89,79 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def keys_of(architecture: str, only: str = "") -> list[Key]:
+def keys_of(table: Mapping[Key, Any], architecture: str, only: str = "") -> list[Key]:
     """The rows of an architecture, of one op or of all, those for any depth last."""
-    from ssl_fast.backends.triton import tuning
-
-    keys = [key for key in tuning.TABLE if key[3] == architecture and only in ("", key[0])]
+    keys = [key for key in table if key[3] == architecture and only in ("", key[0])]
     return sorted(keys, key=lambda key: (key[0], key[1], key[2] or 2**31))
 
 
 def tune(
     keys: list[Key], row_for: Callable[[Key], Row], source: str, deadline: float
-) -> tuple[Table, list[str]]:
+) -> tuple[tuning.Table, list[str]]:
     """Search every row; gives those that were measured, and what was wrong."""
-    measured: Table = {}
-    wrong = []
+    measured: tuning.Table = {}
     date = time.strftime("%Y-%m-%d")
+
+    def search(key: Key, name: str) -> list[str]:
+        outcome = row_for(key).tuned()
+        measured[key] = replace(outcome.best, source=source, date=date)
+        said(_told(name, outcome))
+        for tile, reason in outcome.refused.items():
+            said(f"    {tile}: {reason}")
+        return [
+            f"{name} {tile}: {reason}"
+            for tile, reason in outcome.refused.items()
+            if reason.startswith("WRONG")
+        ]
+
+    wrong = _each(keys, search, deadline)
+    said(f"{len(measured)} of {len(keys)} tiles measured; {len(wrong)} failures")
+    return measured, wrong
+
+
+def choose(
+    keys: list[Key], row_for: Callable[[Key], ChoiceRow], source: str, deadline: float
+) -> tuple[choice.Table, list[str]]:
+    """Measure each row's two ways; gives the rows that were measured, and what was wrong."""
+    from ssl_fast.backends.triton.choice import Choice
+
+    measured: choice.Table = {}
+    date = time.strftime("%Y-%m-%d")
+
+    def measure(key: Key, name: str) -> list[str]:
+        found = row_for(key).crossing()
+        measured[key] = Choice(found.most_pairs, source=source, date=date)
+        said(f"{name}: fused up to {found.most_pairs} pairs")
+        for batch, times in found.times.items():
+            ways = times if isinstance(times, str) else _of_both(*times)
+            said(f"    {batch} rows: {ways}")
+        return []
+
+    wrong = _each(keys, measure, deadline)
+    said(f"{len(measured)} of {len(keys)} choices measured; {len(wrong)} failures")
+    return measured, wrong
+
+
+def _of_both(fused: float, strips: float) -> str:
+    return f"{fused * 1e3:.3f} ms fused, {strips * 1e3:.3f} ms by strips"
+
+
+def _each(keys: list[Key], measure: Callable[[Key, str], list[str]], deadline: float) -> list[str]:
+    """What was wrong with the rows; none is begun once time is up or the card is silent."""
+    wrong = []
     for key in keys:
         name = " ".join(map(str, key))
         if time.monotonic() > deadline:
             said(f"{name}: skipped, the run's time is spent")
             continue
         try:
-            outcome = row_for(key).tuned()
+            wrong += measure(key, name)
         except Exception as error:
             wrong.append(said(f"{name}: {type(error).__name__}: {error}".splitlines()[0]))
-        else:
-            measured[key] = replace(outcome.best, source=source, date=date)
-            said(_told(name, outcome))
-            for tile, reason in outcome.refused.items():
-                said(f"    {tile}: {reason}")
-                if reason.startswith("WRONG"):
-                    wrong.append(f"{name} {tile}: {reason}")
         if not answers():
             wrong.append(said(f"{name}: the card answers no more; no other row is begun"))
             break
-    said(f"{len(measured)} of {len(keys)} rows measured; {len(wrong)} failures")
-    return measured, wrong
+    return wrong
 
 
 def said(line: str) -> str:
@@ -134,14 +189,18 @@ def _told(name: str, outcome: Any) -> str:
     )
 
 
-def write(measured: Table, path: Path) -> None:
+def write(tiles: tuning.Table, choices: choice.Table, path: Path) -> None:
     """The measured rows, with those of other cards that the package has."""
-    from ssl_fast.backends.triton import tuning
+    from ssl_fast.backends.triton import choice, measured, tuning
 
-    others = tuning.from_text(tuning.MEASURED.read_text())
+    shipped = measured.PATH.read_text()
+    tables: dict[str, dict[Key, Any]] = {
+        "op": {**tuning.from_text(shipped), **tiles},
+        "kind": {**choice.from_text(shipped), **choices},
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(tuning.as_text({**others, **measured}))
-    print(f"wrote {path}; it takes effect as {tuning.MEASURED}")
+    path.write_text(measured.as_text(tables))
+    print(f"wrote {path}; it takes effect as {measured.PATH}")
 
 
 if __name__ == "__main__":

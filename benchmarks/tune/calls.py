@@ -21,8 +21,8 @@ Call = Callable[[], Sequence[Tensor]]
 class Sizes:
     """Rows of the calls: as many as fill a card for some milliseconds, or a few for a test."""
 
-    def __init__(self, *, tiny: bool = False) -> None:
-        self.pairs = 48 if tiny else 16384
+    def __init__(self, *, tiny: bool = False, batch: int = 16384) -> None:
+        self.batch = 48 if tiny else batch
         self.rows = 64 if tiny else 262144
         self.clusters = 16 if tiny else 1024
         self.hidden = 16 if tiny else 4096
@@ -64,6 +64,7 @@ def call_for(
     calls = {
         "sweep": (_info_nce, _value),
         "weights": (_info_nce, _with_gradient),
+        "weights_by_row": (_info_nce_by_row, _with_gradient),
         "fused": (_nt_xent, _with_gradient),
         "flash": (_info_nce, _with_gradient),
         "sweep_columns": (_clip, _value),
@@ -78,17 +79,17 @@ def call_for(
     if name in calls:
         loss, run = calls[name]
         first, second = (
-            F.normalize(_random(device, dtype, sizes.pairs, depth, seed=seed), dim=1)
+            F.normalize(_random(device, dtype, sizes.batch, depth, seed=seed), dim=1)
             for seed in (0, 1)
         )
         if name != op:
-            ids = torch.arange(sizes.pairs, device=device) // 4
+            ids = torch.arange(sizes.batch, device=device) // 4
         if op in ("weights_ids", "flash"):
             return _with_gradient(_queue(backend, ids, second), first)
         return run(loss(backend, ids), first, second)
     if op == "linear_reconstruction":
         x, t = (
-            _random(device, dtype, sizes.pairs, size, seed=i)
+            _random(device, dtype, sizes.batch, size, seed=i)
             for i, size in enumerate((depth, sizes.hidden))
         )
         w = _random(device, dtype, sizes.hidden, depth, seed=2) / depth**0.5
@@ -99,7 +100,7 @@ def call_for(
     others = _random(device, dtype, sizes.clusters, depth, seed=1)
     searches: dict[str, Call] = {
         "nearest": lambda: ssl_fast.kmeans_assign(x, others, backend=backend),
-        "top_k": lambda: ssl_fast.knn(x[: sizes.pairs], others, 10, backend=backend),
+        "top_k": lambda: ssl_fast.knn(x[: sizes.batch], others, 10, backend=backend),
     }
     return searches[op]
 
@@ -107,6 +108,13 @@ def call_for(
 def _info_nce(backend: str, ids: Tensor | None) -> Any:
     return lambda query, key: ssl_fast.info_nce(
         query, key, temperature=TEMPERATURE, normalize=False, query_ids=ids, backend=backend
+    )
+
+
+def _info_nce_by_row(backend: str, _: Tensor | None) -> Any:
+    """The gradients of losses that aren't reduced: made behind the forward pass, both at once."""
+    return lambda query, key: ssl_fast.info_nce(
+        query, key, temperature=TEMPERATURE, normalize=False, reduction="none", backend=backend
     )
 
 
@@ -140,6 +148,14 @@ def _sup_con(backend: str, ids: Tensor | None) -> Any:
 
 def _siglip(backend: str, _: Tensor | None) -> Any:
     return lambda image, text: ssl_fast.siglip_loss(image, text, 10.0, -10.0, backend=backend)
+
+
+# For each kind of sums that choice.py tells apart, the op of a call whose time depends on it.
+OF_KIND = {
+    "one_side": "flash",
+    "both_sides": "weights_by_row",
+    "both_sides_and_softmaxes": "weights_moments",
+}
 
 
 def call_of(key: tuple[str, str, int, str], device: str, backend: str, sizes: Sizes) -> Call:

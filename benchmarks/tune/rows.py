@@ -20,13 +20,14 @@ from benchmarks.tune.search import (
     shared_bytes,
     tile,
 )
-from ssl_fast.backends.triton import tuning
+from ssl_fast.backends.triton import choice, tuning
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
 
+    from ssl_fast.backends.triton.choice import Choice
     from ssl_fast.backends.triton.tuning import Config
 
 Key = tuple[str, str, int, str]
@@ -36,10 +37,10 @@ SECONDS = 0.1
 CONFIRMING = 15
 
 
-class _Watched(dict[Key, "Config"]):
+class _Watched(dict[Key, Any]):
     """A table that knows which of its rows were read."""
 
-    def __init__(self, table: tuning.Table) -> None:
+    def __init__(self, table: dict[Key, Any]) -> None:
         super().__init__(table)
         self.read: set[Key] = set()
 
@@ -50,15 +51,16 @@ class _Watched(dict[Key, "Config"]):
 
 
 @contextlib.contextmanager
-def in_place(key: Key, config: Config) -> Iterator[_Watched]:
-    """While it is open, the table has this row."""
-    before = tuning.TABLE
-    watched = _Watched({**before, key: config})
-    tuning.TABLE = watched
+def in_place(key: Key, row: Config | Choice) -> Iterator[_Watched]:
+    """While it is open, the row's table has this one."""
+    module: Any = choice if isinstance(row, choice.Choice) else tuning
+    before = module.TABLE
+    watched = _Watched({**before, key: row})
+    module.TABLE = watched
     try:
         yield watched
     finally:
-        tuning.TABLE = before
+        module.TABLE = before
 
 
 @contextlib.contextmanager
@@ -148,13 +150,13 @@ class Row:
         if spills > self.spills:
             return f"spills {spills} registers, the present row {self.spills}"
         for i, (x, e) in enumerate(zip(found, self.expected, strict=True)):
-            off = _off_by(x, e)
+            off = off_by(x, e)
             if not off <= RELATIVE[self.dtype]:
                 return f"WRONG: result {i} is off by {off:.1e}"
         return None
 
 
-def _off_by(found: Tensor, expected: Tensor) -> float:
+def off_by(found: Tensor, expected: Tensor) -> float:
     """The relative difference in the 2-norm; of labels, the part of them that differ."""
     if not expected.is_floating_point():
         return float((found != expected).double().mean())

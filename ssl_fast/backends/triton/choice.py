@@ -5,13 +5,16 @@ sides' products share one making of the weights, which are written once and read
 side's sums are always worth fusing where their tile fits registers; both sides' by their size.
 A loss that makes its gradient in the forward pass has one side's alone to make: the queries' come
 from the sweep for the statistics (pair_softmax_flash.py), 4 products in all, as by strips.
+
+The rows below are from a model; those that ``python -m benchmarks.tune`` measured on a card stand
+in measured.json and go before them.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 
+from ssl_fast.backends.triton import measured
 from ssl_fast.backends.triton.tuning import ANY_DEPTH, DEPTH_BUCKETS
 
 # The sums of one side; of both sides, from weights of the row's softmax; and from those of both
@@ -23,14 +26,15 @@ KINDS = ("one_side", "both_sides", "both_sides_and_softmaxes")
 class Choice:
     """Up to how many pairs N M the sums are fused; where the table has no row, none are."""
 
-    most_pairs: float
+    most_pairs: int
     source: str = "from the roofline model, not yet measured on a card"
     date: str = "2026-11-26"
 
 
 Table = dict[tuple[str, str, int, str], Choice]
 
-EVERY_SIZE = Choice(math.inf)
+EVERY_SIZE = Choice(2**63 - 1)
+NO_SIZE = Choice(-1)
 # Three launches fewer, at 5 us each, are worth a product more up to 2^24 pairs of 128 in 16 bits
 # at 300 TFLOP/s, and up to 2^22 (9 us) of 64 in fp32, three times TF32 at 60.
 SMALL = Choice(2**24)
@@ -63,7 +67,12 @@ def _table() -> Table:
     return table
 
 
-TABLE: Table = _table()
+def from_text(text: str) -> Table:
+    """The rows of this table in a text like measured.json's."""
+    return {key: Choice(**fields) for key, fields in measured.from_text(text, "kind").items()}
+
+
+TABLE: Table = _table() | from_text(measured.PATH.read_text())
 # The interpreter has no speed: it fuses whatever one chunk holds.
 INTERPRETED_DEPTH = 128
 

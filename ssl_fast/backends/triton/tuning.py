@@ -7,11 +7,11 @@ those below; the file is what ``python -m benchmarks.tune`` writes.
 """
 
 import functools
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
+
+from ssl_fast.backends.triton import measured
 
 ANY_DEPTH = 0
 DEPTH_BUCKETS = (64, 128, 256)
@@ -209,28 +209,13 @@ TABLE: Table = _full_precision()
 for _dtype in ("bfloat16", "float16"):
     TABLE |= _sixteen_bit(_dtype) | _more_sixteen_bit(_dtype) | _fused(_dtype) | _searches(_dtype)
 
-MEASURED = Path(__file__).with_name("measured.json")
-_KEY = ("op", "dtype", "depth", "architecture")
-
-
-def as_text(table: Table) -> str:
-    """The rows as JSON, one to a line, so that a new measurement reads as a diff."""
-    rows = (
-        json.dumps(dict(zip(_KEY, key, strict=True)) | asdict(table[key])) for key in sorted(table)
-    )
-    return "[\n" + ",\n".join(rows) + "\n]\n"
-
 
 def from_text(text: str) -> Table:
-    """The rows that ``as_text`` wrote."""
-    table: Table = {}
-    for row in json.loads(text):
-        key = row.pop("op"), row.pop("dtype"), row.pop("depth"), row.pop("architecture")
-        table[key] = Config(**row)
-    return table
+    """The rows of this table in a text like measured.json's."""
+    return {key: Config(**fields) for key, fields in measured.from_text(text, "op").items()}
 
 
-TABLE |= from_text(MEASURED.read_text())
+TABLE |= from_text(measured.PATH.read_text())
 
 
 def architecture_of(capability: tuple[int, int] | None) -> str:
