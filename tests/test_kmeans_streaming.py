@@ -203,6 +203,20 @@ def _as_one(rank, world_size):
         distributed_kmeans(x[:2], 5)
 
 
+def _one_has_nan(rank, world_size):
+    x = rows(20)
+    if rank == 1:
+        x[7, 2] = torch.nan
+    with pytest.raises(ValueError, match="x must be finite; it" if rank == 1 else "of another"):
+        distributed_kmeans(x, 3)
+    # the group is still in step
+    assert int(distributed_kmeans(rows(20), 3, init=rows(3)).counts.sum()) == 40
+
+
+def test_no_process_waits_for_one_whose_rows_are_refused():
+    run(_one_has_nan, 2)
+
+
 def test_two_processes_are_as_one():
     run(_as_one, 2)
 

@@ -27,8 +27,9 @@ inline int64_t rows_in_cache(int64_t k, int64_t d, Dtype dtype) {
 // A member of a team owns at least so many columns, two cache lines of float64 sums; they are
 // added in registers.
 constexpr int64_t COLUMNS = 32;
-// Where there are so many, of which 16 AVX-512 registers hold the sums.
-constexpr int64_t WIDE_COLUMNS = 128;
+// Where there are so many: what 16 AVX-512 registers hold the sums of, and 8 of AVX2, whose 16
+// would leave none for anything else.
+constexpr int64_t WIDE_COLUMNS = WIDTH == 16 ? 128 : COLUMNS;
 
 struct Range {
     int64_t begin, end;
@@ -75,15 +76,28 @@ inline void add_counts(const Clusters& c, int64_t begin, const RowOrder& order,
     }
 }
 
-typedef double Doubles __attribute__((vector_size(64)));
-typedef float Floats __attribute__((vector_size(32)));
-typedef uint16_t Halves __attribute__((vector_size(16)));
-typedef uint32_t Words __attribute__((vector_size(32)));
+// Half as many elements as a vector has floats, so that their float64 sums are one vector of the
+// ISA: what is wider GCC passes through memory piece by piece.
+constexpr int EACH = WIDTH / 2;
+typedef double Doubles __attribute__((vector_size(EACH * 8)));
+typedef float Floats __attribute__((vector_size(EACH * 4)));
+typedef uint16_t Halves __attribute__((vector_size(EACH * 2)));
+typedef uint32_t Words __attribute__((vector_size(EACH * 4)));
 
-// sum += factor * eight elements. By reference: GCC's calls pass no wide vector where the ISA has
-// none.
+// GCC makes two conversions of half a vector and an insertion of __builtin_convertvector.
+inline Doubles to_double(Floats values) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Doubles>(_mm512_cvtps_pd(reinterpret_cast<__m256>(values)));
+#elif defined(__AVX2__)
+    return reinterpret_cast<Doubles>(_mm256_cvtps_pd(reinterpret_cast<__m128>(values)));
+#else
+    return __builtin_convertvector(values, Doubles);
+#endif
+}
+
+// sum += factor * EACH elements.
 template <Dtype DTYPE>
-void add_eight(const char* p, double factor, Doubles& sum) {
+void add_each(const char* p, double factor, Doubles& sum) {
     Floats values;
     if constexpr (DTYPE == Dtype::float32) {
         __builtin_memcpy(&values, p, sizeof values);
@@ -92,11 +106,11 @@ void add_eight(const char* p, double factor, Doubles& sum) {
         __builtin_memcpy(&bits, p, sizeof bits);
         values = reinterpret_cast<Floats>(__builtin_convertvector(bits, Words) << 16);
     } else {
-        float widened[8];
-        widen({p, 8}, DTYPE, 0, 8, widened);
+        float widened[EACH];
+        widen({p, EACH}, DTYPE, 0, EACH, widened);
         __builtin_memcpy(&values, widened, sizeof values);
     }
-    sum += factor * __builtin_convertvector(values, Doubles);
+    sum += factor * to_double(values);
 }
 
 // The rows of one cluster after another into `WIDE` of the columns, those of a range of clusters.
@@ -104,7 +118,7 @@ void add_eight(const char* p, double factor, Doubles& sum) {
 template <Dtype DTYPE, int WIDE>
 void add_rows(const Rows& x, const Clusters& c, int64_t begin, const RowOrder& order,
               const Range& clusters, int64_t column, int64_t width) {
-    constexpr int PARTS = WIDE / 8, AHEAD = WIDE < 64 ? 24 : 12;
+    constexpr int PARTS = WIDE / EACH, AHEAD = WIDE < 64 ? 24 : 12;
     const int64_t size = DTYPE == Dtype::float32 ? 4 : 2;
     const auto address = [&](int64_t i) {
         return static_cast<const char*>(x.data) + ((begin + i) * x.stride + column) * size;
@@ -129,7 +143,9 @@ void add_rows(const Rows& x, const Clusters& c, int64_t begin, const RowOrder& o
             continue;
         }
         Doubles sum[PARTS];
-        __builtin_memcpy(sum, sums, sizeof sum);
+        // One memcpy of all would be a `rep movs`, which starts slowly.
+#pragma GCC unroll 32
+        for (int v = 0; v < PARTS; ++v) __builtin_memcpy(sum + v, sums + v * EACH, sizeof sum[v]);
         for (; row < end; ++row) {
             const char* p = address(*row);
             if (row + AHEAD < last) {
@@ -138,10 +154,11 @@ void add_rows(const Rows& x, const Clusters& c, int64_t begin, const RowOrder& o
                 for (int line = 0; line < WIDE * size; line += 64) __builtin_prefetch(next + line);
             }
             const double factor = factor_of(begin + *row);
-#pragma GCC unroll 16
-            for (int v = 0; v < PARTS; ++v) add_eight<DTYPE>(p + v * 8 * size, factor, sum[v]);
+#pragma GCC unroll 32
+            for (int v = 0; v < PARTS; ++v) add_each<DTYPE>(p + v * EACH * size, factor, sum[v]);
         }
-        __builtin_memcpy(sums, sum, sizeof sum);
+#pragma GCC unroll 32
+        for (int v = 0; v < PARTS; ++v) __builtin_memcpy(sums + v * EACH, sum + v, sizeof sum[v]);
     }
 }
 

@@ -268,10 +268,10 @@ inline void float_panel(const float* packed, int rows, int64_t d, const float* q
                              1,
                              FloatPath::PACK * d};
             if (k == 0)
-                product<FloatStep, 1, FloatPath::PACK, FloatPath::PACK, false>(
+                tile_of<FloatStep, 1, FloatPath::PACK, FloatPath::PACK, false>(
                     o, steps, height, out + r * LANES, LANES);
             else
-                product<FloatStep, 1, FloatPath::PACK, FloatPath::PACK, true>(
+                tile_of<FloatStep, 1, FloatPath::PACK, FloatPath::PACK, true>(
                     o, steps, height, out + r * LANES, LANES);
         }
     }

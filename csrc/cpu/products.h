@@ -64,8 +64,9 @@ struct FloatPath {
     static constexpr int PANEL = 24;
     // Keys side by side in memory: register tiles high for the logits, steps long for the key sum.
     static constexpr int PACK = 6;
-    // Steps of the logits at a time: 128 rows of queries are 32 KB, and stay in L1 for a panel.
-    static constexpr int64_t DEPTH = 128;
+    // Steps of the logits at a time: so many rows of queries are 32 KB with AVX-512 and 24 KB with
+    // AVX2, and stay in L1 for a panel. A tile costs what 8 steps of AVX2 do to begin and end.
+    static constexpr int64_t DEPTH = WIDTH == 16 ? 128 : 384;
     using Weight = float;
 
     static int64_t depth(int64_t d) { return d; }  // k-steps of the logits
@@ -100,10 +101,9 @@ struct FloatPath {
                 const Operands o{
                     keys + (row + r) * d + k * PACK, 0, queries + k * LANES, 0, 1, PACK * d};
                 if (k == 0)
-                    product<FloatStep, 1, PACK, PACK, false>(o, steps, PACK, out + r * LANES,
-                                                             LANES);
+                    tile<FloatStep, PACK, 1, PACK, PACK, false>(o, steps, out + r * LANES, LANES);
                 else
-                    product<FloatStep, 1, PACK, PACK, true>(o, steps, PACK, out + r * LANES, LANES);
+                    tile<FloatStep, PACK, 1, PACK, PACK, true>(o, steps, out + r * LANES, LANES);
             }
         }
     }

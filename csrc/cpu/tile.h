@@ -85,21 +85,27 @@ __attribute__((noinline)) void tile(const Operands& o, int inner, float* c,
     }
 }
 
+// The tile of `height` rows, TILE_ROWS at most.
+template <class Step, int ROW, int STEP, int AHEAD, bool ACCUMULATE>
+void tile_of(const Operands& o, int inner, int height, float* c, std::ptrdiff_t c_stride) {
+    static_assert(TILE_ROWS == 6, "the cases below");
+    switch (height) {
+        case 1: tile<Step, 1, ROW, STEP, AHEAD, ACCUMULATE>(o, inner, c, c_stride); break;
+        case 2: tile<Step, 2, ROW, STEP, AHEAD, ACCUMULATE>(o, inner, c, c_stride); break;
+        case 3: tile<Step, 3, ROW, STEP, AHEAD, ACCUMULATE>(o, inner, c, c_stride); break;
+        case 4: tile<Step, 4, ROW, STEP, AHEAD, ACCUMULATE>(o, inner, c, c_stride); break;
+        case 5: tile<Step, 5, ROW, STEP, AHEAD, ACCUMULATE>(o, inner, c, c_stride); break;
+        default: tile<Step, 6, ROW, STEP, AHEAD, ACCUMULATE>(o, inner, c, c_stride); break;
+    }
+}
+
 // All rows of C, in register tiles of nearly equal height: a short tile has too few accumulators
 // to hide the multiply-add's latency.
 template <class Step, int ROW, int STEP, int AHEAD, bool ACCUMULATE>
 void product(Operands o, int inner, int rows, float* c, std::ptrdiff_t c_stride) {
-    static_assert(TILE_ROWS == 6, "the cases below");
     for (int tiles = (rows + TILE_ROWS - 1) / TILE_ROWS; tiles > 0; --tiles) {
         const int height = (rows + tiles - 1) / tiles;
-        switch (height) {
-            case 1: tile<Step, 1, ROW, STEP, AHEAD, ACCUMULATE>(o, inner, c, c_stride); break;
-            case 2: tile<Step, 2, ROW, STEP, AHEAD, ACCUMULATE>(o, inner, c, c_stride); break;
-            case 3: tile<Step, 3, ROW, STEP, AHEAD, ACCUMULATE>(o, inner, c, c_stride); break;
-            case 4: tile<Step, 4, ROW, STEP, AHEAD, ACCUMULATE>(o, inner, c, c_stride); break;
-            case 5: tile<Step, 5, ROW, STEP, AHEAD, ACCUMULATE>(o, inner, c, c_stride); break;
-            default: tile<Step, 6, ROW, STEP, AHEAD, ACCUMULATE>(o, inner, c, c_stride); break;
-        }
+        tile_of<Step, ROW, STEP, AHEAD, ACCUMULATE>(o, inner, height, c, c_stride);
         o.a += height * ROW;
         c += height * c_stride;
         rows -= height;

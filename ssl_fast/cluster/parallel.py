@@ -16,7 +16,6 @@ from ssl_fast.cluster.checks import (
     check_backend,
     check_choice,
     check_count,
-    check_finite,
     check_metric,
     check_real,
 )
@@ -25,6 +24,7 @@ from ssl_fast.cluster.init import accept_init, seed
 from ssl_fast.cluster.lloyd import KMeansResult
 from ssl_fast.cluster.passes import PassIteration, Sums, iterate
 from ssl_fast.cluster.problem import Problem
+from ssl_fast.cluster.rows import all_finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -148,7 +148,8 @@ def distributed_kmeans(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: shapes that don't fit, an option out of range; on a CPU, NaN or infinity in x.
+        ValueError: shapes that don't fit, an option out of range; on a CPU, NaN or infinity in x,
+            also in that of another process.
         RuntimeError: torch.distributed isn't initialised, or ``backend`` can't serve this call.
     """
     accept_rows("x", x)
@@ -163,10 +164,10 @@ def distributed_kmeans(
     check_callback(callback)
     weight = accept_weight("sample_weight", sample_weight, x)
     start = accept_init(init, (), (n_clusters, x.shape[1]), x)
-    check_finite("x", x.detach()[None])
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("distributed_kmeans needs torch.distributed.init_process_group first")
     with torch.no_grad():
+        _check_all_finite(x, group)
         shards = _Shards(Problem.of(x.detach()[None], metric, weight, None, backend), group)
         rows, variance = shards.moments()
         if int(rows) < n_clusters:
@@ -193,3 +194,14 @@ def distributed_kmeans(
         found.counts.to(accumulation_dtype(x)),
         torch.tensor(found.n_iter, device=x.device),
     )
+
+
+def _check_all_finite(x: Tensor, group: Any) -> None:
+    """ValueError on every process where one has NaN or infinity: none waits for one that raised."""
+    own = x.device.type == "cpu" and not all_finite(x[None])
+    bad = torch.tensor([float(own)], device=x.device)
+    dist.all_reduce(bad, group=group)
+    if own:
+        raise ValueError("x must be finite; it contains NaN or infinity")
+    if bool(bad):
+        raise ValueError("x must be finite; that of another process contains NaN or infinity")
