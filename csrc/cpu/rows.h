@@ -77,6 +77,11 @@ inline const float* widen(const Rows& rows, Dtype dtype, int64_t i, int64_t d, f
         _mm256_storeu_ps(
             buffer + x,
             _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(half + x))));
+    if (x + 4 <= d) {
+        _mm_storeu_ps(buffer + x,
+                      _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(half + x))));
+        x += 4;
+    }
 #endif
     for (; x < d; ++x) buffer[x] = fp16_to_float(half[x]);
     return buffer;
