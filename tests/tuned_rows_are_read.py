@@ -18,23 +18,15 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from benchmarks.tune import calls, rows
 
 
-def call_of(key):
-    sizes = calls.Sizes(tiny=True)
-    if key in tuning.TABLE:
-        return calls.call_of(key, "cpu", "triton", sizes)
-    kind, dtype, depth, _ = key
-    return calls.call_for(calls.OF_KIND[kind], getattr(torch, dtype), depth, "cpu", "triton", sizes)
-
-
 def unread(architecture, dtype):
     device._properties = lambda _: (architecture, 2)
     found = []
-    for key, row in (tuning.TABLE | choice.TABLE).items():
-        if key[1] != dtype or key[3] != architecture:
-            continue
-        with rows.in_place(key, row) as table:
-            call_of(key)()
-        found += [] if key in table.read else [key]
+    for table, call_of in ((tuning.TABLE, calls.call_of), (choice.TABLE, calls.call_of_kind)):
+        for key in [key for key in table if key[1] == dtype and key[3] == architecture]:
+            call = call_of(key, "cpu", "triton", calls.Sizes(tiny=True))
+            with rows.in_place(key, table[key]) as watched:
+                call()
+            found += [] if key in watched.read else [key]
     return found
 
 

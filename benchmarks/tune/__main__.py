@@ -2,7 +2,7 @@
 
 First the tiles of tuning.py, then, with those, up to which sizes choice.py has gradients fused.
 Writes a measured.json of this card's rows beside those that were measured on others. Put over
-ssl_fast/backends/triton/measured.json, it takes effect; the run itself changes no table.
+ssl_fast/backends/triton/measured.json, it takes effect; the run itself changes no file there.
 """
 
 from __future__ import annotations
@@ -52,9 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     def choice_for(key: Key) -> ChoiceRow:
         def call_for(batch: int) -> calls.Call:
-            op = calls.OF_KIND[key[0]]
-            dtype, sizes = getattr(torch, key[1]), calls.Sizes(batch=batch)
-            return calls.call_for(op, dtype, key[2], place.device, place.backend, sizes)
+            sizes = calls.Sizes(batch=batch)
+            return calls.call_of_kind(key, place.device, place.backend, sizes)
 
         return ChoiceRow(key, call_for, races.clock(place), place.synchronize)
 
@@ -99,24 +98,18 @@ def tune(
     keys: list[Key], row_for: Callable[[Key], Row], source: str, deadline: float
 ) -> tuple[tuning.Table, list[str]]:
     """Search every row; gives those that were measured, and what was wrong."""
-    measured: tuning.Table = {}
-    date = time.strftime("%Y-%m-%d")
 
-    def search(key: Key, name: str) -> list[str]:
+    def search(key: Key, name: str) -> tuple[tuning.Config, list[str]]:
         outcome = row_for(key).tuned()
-        measured[key] = replace(outcome.best, source=source, date=date)
         said(_told(name, outcome))
+        wrong = []
         for tile, reason in outcome.refused.items():
             said(f"    {tile}: {reason}")
-        return [
-            f"{name} {tile}: {reason}"
-            for tile, reason in outcome.refused.items()
-            if reason.startswith("WRONG")
-        ]
+            if reason.startswith("WRONG"):
+                wrong.append(f"{name} {tile}: {reason}")
+        return outcome.best, wrong
 
-    wrong = _each(keys, search, deadline)
-    said(f"{len(measured)} of {len(keys)} tiles measured; {len(wrong)} failures")
-    return measured, wrong
+    return _each(keys, search, source, deadline)
 
 
 def choose(
@@ -125,43 +118,48 @@ def choose(
     """Measure each row's two ways; gives the rows that were measured, and what was wrong."""
     from ssl_fast.backends.triton.choice import Choice
 
-    measured: choice.Table = {}
-    date = time.strftime("%Y-%m-%d")
-
-    def measure(key: Key, name: str) -> list[str]:
+    def cut(key: Key, name: str) -> tuple[Choice, list[str]]:
         found = row_for(key).crossing()
-        measured[key] = Choice(found.most_pairs, source=source, date=date)
         said(f"{name}: fused up to {found.most_pairs} pairs")
         for batch, times in found.times.items():
             ways = times if isinstance(times, str) else _of_both(*times)
             said(f"    {batch} rows: {ways}")
-        return []
+        return Choice(found.most_pairs), []
 
-    wrong = _each(keys, measure, deadline)
-    said(f"{len(measured)} of {len(keys)} choices measured; {len(wrong)} failures")
-    return measured, wrong
+    return _each(keys, cut, source, deadline)
 
 
 def _of_both(fused: float, strips: float) -> str:
     return f"{fused * 1e3:.3f} ms fused, {strips * 1e3:.3f} ms by strips"
 
 
-def _each(keys: list[Key], measure: Callable[[Key, str], list[str]], deadline: float) -> list[str]:
-    """What was wrong with the rows; none is begun once time is up or the card is silent."""
+def _each(
+    keys: list[Key],
+    measure: Callable[[Key, str], tuple[Any, list[str]]],
+    source: str,
+    deadline: float,
+) -> tuple[dict[Key, Any], list[str]]:
+    """The rows measured and what was wrong; none is begun once time is up or the card is silent."""
+    measured: dict[Key, Any] = {}
     wrong = []
+    date = time.strftime("%Y-%m-%d")
     for key in keys:
         name = " ".join(map(str, key))
         if time.monotonic() > deadline:
             said(f"{name}: skipped, the run's time is spent")
             continue
         try:
-            wrong += measure(key, name)
+            row, found = measure(key, name)
         except Exception as error:
             wrong.append(said(f"{name}: {type(error).__name__}: {error}".splitlines()[0]))
+        else:
+            measured[key] = replace(row, source=source, date=date)
+            wrong += found
         if not answers():
             wrong.append(said(f"{name}: the card answers no more; no other row is begun"))
             break
-    return wrong
+    said(f"{len(measured)} of {len(keys)} rows measured; {len(wrong)} failures")
+    return measured, wrong
 
 
 def said(line: str) -> str:

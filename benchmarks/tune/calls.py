@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,9 @@ from torch import Tensor
 
 import ssl_fast
 from ssl_fast.backends.triton import tuning
+
+if TYPE_CHECKING:
+    from ssl_fast.backends.triton.measured import Key
 
 TEMPERATURE = 0.1
 # Of rows for any depth: beyond the buckets where the op has such, and a usual depth where not.
@@ -158,7 +161,13 @@ OF_KIND = {
 }
 
 
-def call_of(key: tuple[str, str, int, str], device: str, backend: str, sizes: Sizes) -> Call:
+def call_of_kind(key: Key, device: str, backend: str, sizes: Sizes) -> Call:
+    """The call for a row of choice.py."""
+    kind, dtype, depth, _ = key
+    return call_for(OF_KIND[kind], getattr(torch, dtype), depth, device, backend, sizes)
+
+
+def call_of(key: Key, device: str, backend: str, sizes: Sizes) -> Call:
     """The call for a row's key."""
     op, dtype, bucket, architecture = key
     # With ids, an op's own rows serve the depths for which it has none with them.

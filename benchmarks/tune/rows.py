@@ -21,6 +21,7 @@ from benchmarks.tune.search import (
     tile,
 )
 from ssl_fast.backends.triton import choice, tuning
+from ssl_fast.backends.triton.measured import Key
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from ssl_fast.backends.triton.choice import Choice
     from ssl_fast.backends.triton.tuning import Config
 
-Key = tuple[str, str, int, str]
 Clock = Callable[[Callable[[], object]], float]
 SECONDS = 0.1
 # Of the best beside the present row, taking turns: a search picks what the clock flattered.

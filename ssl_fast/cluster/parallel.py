@@ -16,6 +16,7 @@ from ssl_fast.cluster.checks import (
     check_backend,
     check_choice,
     check_count,
+    check_finite,
     check_metric,
     check_real,
 )
@@ -197,11 +198,11 @@ def distributed_kmeans(
 
 
 def _check_all_finite(x: Tensor, group: Any) -> None:
-    """ValueError on every process where one has NaN or infinity: none waits for one that raised."""
-    own = x.device.type == "cpu" and not all_finite(x[None])
-    bad = torch.tensor([float(own)], device=x.device)
+    """``check_finite`` that raises on every process where one has to: none waits for another."""
+    if x.device.type != "cpu":
+        return
+    bad = torch.tensor([float(not all_finite(x[None]))])
     dist.all_reduce(bad, group=group)
-    if own:
-        raise ValueError("x must be finite; it contains NaN or infinity")
     if bool(bad):
+        check_finite("x", x[None])
         raise ValueError("x must be finite; that of another process contains NaN or infinity")

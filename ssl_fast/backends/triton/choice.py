@@ -31,7 +31,7 @@ class Choice:
     date: str = "2026-11-26"
 
 
-Table = dict[tuple[str, str, int, str], Choice]
+Table = dict[measured.Key, Choice]
 
 EVERY_SIZE = Choice(2**63 - 1)
 NO_SIZE = Choice(-1)

@@ -54,7 +54,7 @@ INTERPRETER = Config(16, 16, 16, 1, 1, source="small, for tests", date="2026-11-
 _new = functools.partial(Config, date="2026-11-25")
 _newest = functools.partial(Config, date="2026-11-26")
 
-Table = dict[tuple[str, str, int, str], Config]
+Table = dict[measured.Key, Config]
 
 
 def _sixteen_bit(dtype: str) -> Table:
